@@ -1,0 +1,93 @@
+"""Every private name of PEFT and transformers that this package touches, gathered in one place.
+
+Checked against peft 0.21.2, transformers 4.57.6 and 5.23.0. `tests/test_compat.py` says which one moved.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import mapping
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _ExcludedModule,
+    check_adapters_to_merge,
+    check_target_module_exists,
+)
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+__all__ = [
+    "BaseTunerLayer",
+    "ExcludedModule",
+    "LoraLayer",
+    "LoraModel",
+    "RegistryTable",
+    "add_enum_member",
+    "check_adapters_to_merge",
+    "check_target_module_exists",
+    "get_pattern_key",
+    "onload",
+    "peft_tables",
+]
+
+ExcludedModule = _ExcludedModule
+
+
+def add_enum_member(cls: type[enum.Enum], name: str) -> None:
+    """Add a member to a string enum, as its metaclass would have at class creation."""
+    member: Any = str.__new__(cls, name)  # type: ignore[call-overload]
+    member._name_ = name
+    member._value_ = name
+    member._sort_order_ = len(cls._member_names_)
+    member.__objclass__ = cls
+    cls._member_names_.append(name)
+    cls._member_map_[name] = member
+    cls._value2member_map_[name] = member
+    type.__setattr__(cls, name, member)
+
+
+@dataclass(frozen=True)
+class RegistryTable:
+    """One of PEFT's tables from tuner type to something."""
+
+    name: str
+    table: Any
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+def peft_tables(config_cls: type, model_cls: Any) -> dict[RegistryTable, Any]:
+    """PEFT's tables and what this tuner enters there.
+
+    `register_peft_method` is not used: it raises on a second registration and on the prefix `lora_`, which this tuner
+    shares with LoRA on purpose (its linears are PEFT's own LoRA layers).
+    """
+    return {
+        RegistryTable("PEFT_TYPE_TO_CONFIG_MAPPING", mapping.PEFT_TYPE_TO_CONFIG_MAPPING): config_cls,
+        RegistryTable("PEFT_TYPE_TO_TUNER_MAPPING", mapping.PEFT_TYPE_TO_TUNER_MAPPING): model_cls,
+        RegistryTable("PEFT_TYPE_TO_PREFIX_MAPPING", mapping.PEFT_TYPE_TO_PREFIX_MAPPING): model_cls.prefix,
+    }
+
+
+@contextmanager
+def _onloaded(module: nn.Module, hook: Any) -> Iterator[None]:
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, torch.empty(0))
+
+
+def onload(module: nn.Module) -> AbstractContextManager[None]:
+    """Run a module's accelerate hook (offloaded weights come to their device) around code that reads its weights."""
+    hook = getattr(module, "_hf_hook", None)
+    return nullcontext() if hook is None else _onloaded(module, hook)

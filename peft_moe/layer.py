@@ -1,0 +1,308 @@
+"""`MoELoraLayer`: the adapters of one experts module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import forward, initialisation, merging
+from .adapter import ProjectionAdapter
+from .binding import BlockForward, LinearHook, hook_linears
+from .compat import LoraLayer, check_adapters_to_merge, onload
+from .config import MoELoraConfig
+from .layouts import ExpertsSpec, ProjectionSpec
+from .ops.grouped import log_once
+from .settings import AdapterSettings, resolve
+from .weights import DenseStack, ExpertWeight, ModuleStack
+
+
+def open_store(base: nn.Module, spec: ExpertsSpec, projection: ProjectionSpec, name: str) -> ExpertWeight:
+    """The store of one projection's frozen weights. Raises `ValueError` for a storage this version cannot read."""
+    shape = (spec.num_experts, projection.out_features, projection.in_features)
+    if not spec.experts:
+        return DenseStack(base, [(part.path, part.transposed, part.flat) for part in projection.parts], shape, name)
+    linears = [
+        [base.get_submodule(f"{expert}.{part.path}".rstrip(".")) for part in projection.parts]
+        for expert in spec.experts
+    ]
+    return ModuleStack(linears, shape, name)
+
+
+class MoELoraLayer(nn.Module, LoraLayer):
+    """Per-expert LoRA around one experts module, stacked or a list.
+
+    Children: `base_layer`, the module as it was, and one `ProjectionAdapter` a projection, so that the parameters are
+    `<experts>.gate_up_proj.lora_A.<adapter>` and so on. A list of experts behaves as the list still: it can be
+    indexed, iterated and measured.
+
+    Args:
+        base_layer: the experts module. spec: what `layouts.describe` says of it. name: its path, for messages.
+        block: the module around a list of experts.
+    """
+
+    adapter_layer_names = ()  # the parameters live in the ProjectionAdapters
+    other_param_names = ("adapters", "r", "lora_alpha", "scaling", "use_rslora", "use_dora")
+
+    def __init__(self, base_layer: nn.Module, spec: ExpertsSpec, name: str, block: nn.Module | None = None) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.spec, self.name = spec, name
+        self.stores = {one.name: open_store(base_layer, spec, one, name) for one in spec.projections}
+        self.adapters: dict[str, AdapterSettings] = {}
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.use_dora: dict[str, bool] = {}
+        self.lora_variant: dict[str, Any] = {}
+        self.lora_embedding_A: dict[str, Any] = {}
+        self.lora_embedding_B: dict[str, Any] = {}
+        self.merged_adapters: list[str] = []
+        self.backend = "auto"
+        self.mixed_batch: list[str] | None = None  # set by the model for the length of a call
+        self.keep_base = True  # merging keeps the base's bytes for unmerge; merge_and_unload has no use for them
+        self.hidden_from_lora_model = False
+        self._disable_adapters = False
+        self._base_bytes: dict[str, Any] = {}
+        self._bindings: list[BlockForward | LinearHook] = []
+        for store in self.stores.values():
+            store.freeze()
+        self._bind(block)
+
+    def _bind(self, block: nn.Module | None) -> None:
+        if self.spec.block_forward is not None and block is not None:
+            for store in self.stores.values():
+                if store.device.type != "meta":
+                    store.frozen()  # house the weights now, not in the first (perhaps compiled) call
+            self._bindings = [BlockForward(block, self)]
+        elif self.spec.one_by_one:
+            log_once(
+                f"{type(block).__name__}: not a known block of experts; its experts are adapted one by one, which is "
+                "right but slow"
+            )
+            self._bindings = list(hook_linears(self))
+
+    # --- what PEFT's LoraModel looks at --------------------------------------------------------------------------
+
+    @property
+    def lora_A(self) -> dict[str, AdapterSettings]:
+        """The adapters by name, for PEFT code that asks which adapters a LoRA layer has."""
+        return {} if self.hidden_from_lora_model else self.adapters
+
+    @property
+    def projections(self) -> dict[str, ProjectionAdapter]:
+        """Slot name (`gate_up_proj`, `down_proj`, ...) -> its parameters."""
+        return {name: child for name, child in self._modules.items() if isinstance(child, ProjectionAdapter)}
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the base, which its block may read (`num_experts` and the like)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base_layer, name)
+
+    # --- adapters ------------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> list[str]:
+        """The adapters that take part in the forward."""
+        if self._disable_adapters or self.merged_adapters:
+            return []
+        return [name for name in self.active_adapters if name in self.adapters]
+
+    @property
+    def idle(self) -> bool:
+        """Whether the base runs by itself: no adapter active, or all merged."""
+        if self.mixed_batch is not None and not (self._disable_adapters or self.merged_adapters):
+            return not any(name in self.adapters for name in self.mixed_batch)
+        return not self.active
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: MoELoraConfig, **kwargs: Any) -> None:
+        """Add an adapter. `r` and `lora_alpha` are those of linears: the experts' come from the config.
+
+        Raises `ValueError` for what the config asks and this module cannot give; the layer is then unchanged.
+        """
+        settings = resolve(config, self.spec, self.name)
+        if initialisation.decomposes(config.init_lora_weights) and self.merged_adapters:
+            raise ValueError(f"{self.name}: unmerge before adding an adapter that starts from the base weights")
+        parameters = {
+            slot: found
+            for projection in self.spec.projections
+            if projection.name in settings.projections
+            for slot, found in self._new_parameters(settings, projection, config.init_lora_weights).items()
+        }
+        self.adapters[adapter_name] = settings
+        self.r[adapter_name], self.lora_alpha[adapter_name] = settings.rank, settings.alpha
+        self.use_rslora[adapter_name], self.use_dora[adapter_name] = config.use_rslora, config.use_dora
+        self.scaling[adapter_name] = settings.base_scaling
+        self.backend = config.experts_backend
+        for slot, (a, b, magnitudes) in parameters.items():
+            if slot not in self.projections:
+                setattr(self, slot, ProjectionAdapter(self.merged_adapters))
+            child = self.projections[slot]
+            child.lora_A[adapter_name], child.lora_B[adapter_name] = nn.Parameter(a), nn.Parameter(b)
+            if magnitudes is not None:
+                child.lora_magnitude_vector[adapter_name] = nn.Parameter(magnitudes)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        for layer in (self, *self.projections.values()):
+            layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _new_parameters(
+        self, settings: AdapterSettings, projection: ProjectionSpec, init: bool | str
+    ) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
+        store, experts = self.stores[projection.name], settings.adapted(self.spec.num_experts)
+        found = {}
+        for slot in settings.slots(projection):
+            rows = settings.slot_rows(projection, slot)
+            out_features = len(range(projection.out_features)[rows])
+            a = torch.zeros(len(experts), settings.rank, projection.in_features)
+            b = torch.zeros(len(experts), out_features, settings.rank)
+            a = a[:1].clone() if settings.shares(projection, "A") else a
+            b = b[:1].clone() if settings.shares(projection, "B") else b
+            # While the adapter is created on the meta device (low_cpu_mem_usage), values come from a checkpoint.
+            on_meta = a.device.type == "meta" or store.device.type == "meta"
+            magnitudes = torch.zeros(len(experts), out_features) if settings.use_dora else None
+            if not on_meta:
+                where = f"{self.name}.{slot}"
+                if initialisation.decomposes(init):
+                    for position, expert in enumerate(experts):
+                        initialisation.take_out(
+                            store, expert, rows, a[position], b[position], str(init), settings.ranks[position],
+                            settings.expert_scaling(position), where,
+                        )  # fmt: skip
+                else:
+                    initialisation.fill(a, b, init, settings.ranks, where)
+                if settings.use_dora:
+                    magnitudes = initialisation.magnitudes(store, experts, rows, a, b, settings)
+            found[slot] = (a, b, magnitudes)
+        return found
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        store = next(iter(self.stores.values()))
+        target = device or store.device
+        if target.type == "meta":
+            return
+        for child in self.projections.values():
+            for parameters in (child.lora_A, child.lora_B, child.lora_magnitude_vector):
+                old = parameters[adapter_name] if adapter_name in parameters else None
+                if old is not None and old.device.type != "meta":
+                    parameters[adapter_name] = nn.Parameter(old.data.to(target, store.dtype), old.requires_grad)
+
+    # --- forward -------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's forward, with the adapters of each expert added."""
+        kwargs.pop("adapter_names", None)  # PEFT's hook passes it; the model has set `mixed_batch`
+        if self.idle or self.spec.call is None:
+            return self.base_layer(*args, **kwargs)
+        with onload(self.base_layer):
+            return self.spec.call(self.base_layer, self, *args, **kwargs)
+
+    def run_experts(
+        self,
+        x: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        accumulate_dtype: torch.dtype | None = None,
+        copies: int = 1,
+    ) -> Tensor:
+        """The routed experts with their adapters: `out[t] = sum_k w[t, k] expert(x[t])`.
+
+        Args:
+            x: `(T, H)`. index: `(T, k)` integers, `num_experts` for none. weights: `(T, k)` routing weights.
+            accumulate_dtype: of the result; `None`: that of x. copies: how often each token stands in x.
+
+        Returns: `(T, H)`.
+        """
+        return forward.run_experts(self, x, index, weights, accumulate_dtype, copies)
+
+    def run_projection(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """The only projection of this module: `(S, in)` rows sorted by expert, `(E,)` int32 ends -> `(S, out)`."""
+        return forward.run_projection(self, rows, offsets)
+
+    def expert_bias(self, projection: ProjectionSpec, expert: int, rows: slice) -> Tensor | None:
+        """The bias of the linear of one expert that computes the given rows."""
+        start = 0
+        for part in projection.parts:
+            linear = self.base_layer.get_submodule(f"{self.spec.experts[expert]}.{part.path}".rstrip("."))
+            if start == rows.start:
+                return linear.bias
+            start += linear.out_features
+        return None
+
+    # --- merge ---------------------------------------------------------------------------------------------------
+
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Raise `ValueError` if merging would leave a value that is not finite. Changes nothing."""
+        names = adapter_names if adapter_names is not None else self.active_adapters
+        with onload(self.base_layer):
+            merging.check_finite(self, [name for name in names if name in self.adapters])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base weights: summed in fp32, rounded once.
+
+        Adapters merged before are merged anew together with these, from the base's own bytes.
+
+        Args: safe_merge: check the result first (see `check_merge`). adapter_names: `None`: the active ones.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
+        if not names:
+            return
+        names = [*self.merged_adapters, *names]
+        already = bool(self.merged_adapters)
+        if already and self._base_bytes:
+            self._restore_base()
+        try:
+            if safe_merge:
+                merging.check_finite(self, names)
+        except ValueError:
+            if already:
+                merging.add_deltas(self, self.merged_adapters)
+            raise
+        if self.keep_base and not self._base_bytes:
+            self._base_bytes = {name: store.snapshot() for name, store in self.stores.items()}
+        merging.add_deltas(self, names)
+        self.merged_adapters[:] = names
+
+    def _restore_base(self) -> None:
+        for name, saved in self._base_bytes.items():
+            self.stores[name].restore(saved)
+
+    def unmerge(self) -> None:
+        """Put the base's own bytes back."""
+        if not self.merged_adapters:
+            return
+        self._restore_base()
+        self._base_bytes = {}
+        self.merged_adapters.clear()
+
+    def unbind(self) -> None:
+        """Give the block around a list of experts its own forward back: the layer is about to be unloaded."""
+        for binding in self._bindings:
+            binding.remove()
+        self._bindings = []
+
+    # --- a list of experts is a list still -------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.base_layer)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.base_layer)  # type: ignore[call-overload]
+
+    def __getitem__(self, key: Any) -> nn.Module:
+        return self.base_layer[key]  # type: ignore[index]
+
+    def __bool__(self) -> bool:
+        return True  # also around stacked experts, which have no length
+
+    def extra_repr(self) -> str:
+        kind = "grouped" if self.spec.one_by_one is False else "one by one"
+        return f"{self.spec.num_experts} experts, {kind}, backend={self.backend}, adapters={list(self.adapters)}"
+
+

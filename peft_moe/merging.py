@@ -1,0 +1,80 @@
+"""Merging adapters into the frozen experts: exact in fp32, rounded once, a few experts at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .adapter import factors, magnitude
+from .layouts import ProjectionSpec
+
+if TYPE_CHECKING:
+    from .layer import MoELoraLayer
+
+_CHUNK = 8  # experts whose fp32 weights are held at a time
+
+
+@torch.no_grad()
+def delta(layer: MoELoraLayer, projection: ProjectionSpec, names: Sequence[str], expert: int) -> Tensor | None:
+    """`(out, in)` fp32 (fp64 for fp64 weights): what the adapters, one after the other, add to one expert.
+
+    `None` where none of them adapts it.
+    """
+    wide = torch.promote_types(layer.stores[projection.name].dtype, torch.float32)
+    weight = merged = None
+    total: Tensor | None = None
+    for name in names:
+        settings = layer.adapters[name]
+        experts = settings.adapted(layer.spec.num_experts)
+        if projection.name not in settings.projections or expert not in experts:
+            continue
+        position = expert if settings.experts is None else settings.experts.index(expert)
+        a, b = factors(layer.projections, name, settings, layer.scaling[name], projection)
+        low = b[position].to(wide) @ a[position].to(wide)
+        if not settings.use_dora:
+            total = low if total is None else total + low
+            continue
+        weight = layer.stores[projection.name].materialize([expert], wide)[0] if weight is None else weight
+        merged = weight if total is None else weight + total
+        scale = magnitude(layer.projections, name, settings, projection)[position].to(wide) / (weight + low).norm(dim=1)
+        total = scale[:, None] * (merged + low) - weight
+    return total
+
+
+def _deltas(layer: MoELoraLayer, names: Sequence[str]) -> Iterator[tuple[ProjectionSpec, list[int], Tensor]]:
+    """(projection, experts, `(E', out, in)` deltas), a chunk of experts at a time."""
+    for projection in layer.spec.projections:
+        experts, deltas = [], []
+        for expert in range(layer.spec.num_experts):
+            found = delta(layer, projection, names, expert)
+            if found is not None:
+                experts.append(expert)
+                deltas.append(found)
+            if len(experts) == _CHUNK or (experts and expert == layer.spec.num_experts - 1):
+                yield projection, experts, torch.stack(deltas)
+                experts, deltas = [], []
+
+
+def add_deltas(layer: MoELoraLayer, names: Sequence[str]) -> None:
+    """Add the adapters to the base weights in place."""
+    for projection, experts, deltas in _deltas(layer, names):
+        layer.stores[projection.name].add_(deltas, experts)
+
+
+@torch.no_grad()
+def check_finite(layer: MoELoraLayer, names: Sequence[str]) -> None:
+    """Raise `ValueError`, naming module and expert, if merging would leave a value that is not finite."""
+    for projection, experts, deltas in _deltas(layer, names):
+        store = layer.stores[projection.name]
+        merged = (store.materialize(experts, deltas.dtype) + deltas).to(store.dtype)
+        finite = torch.isfinite(merged).flatten(1).all(dim=1).tolist()
+        for expert, good in zip(experts, finite, strict=True):
+            if not good:
+                raise ValueError(
+                    f"NaNs detected in the merged weights. {layer.name}.{projection.name}: merging {', '.join(names)} "
+                    f"leaves values of expert {expert} that are not finite in {store.dtype}; the adapter seems broken. "
+                    "Nothing was changed."
+                )

@@ -1,0 +1,300 @@
+"""`MoELoraModel`: LoRA on linears by PEFT, LoRA on experts by this package."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import weighting
+from .adapter import ProjectionAdapter
+from .checkpoint import native
+from .compat import BaseTunerLayer, ExcludedModule, LoraLayer, LoraModel, check_target_module_exists
+from .config import MoELoraConfig
+from .layer import MoELoraLayer
+from .layouts import ExpertsSpec, find_experts
+from .settings import adapted_experts, check_against_model, layer_number, targeted_projections
+
+
+class MoELoraModel(LoraModel):
+    """The tuner of `MoELoraConfig`.
+
+    Linears become PEFT's own LoRA layers; experts modules become `MoELoraLayer`s. Everything of `LoraModel` works on
+    both, with two promises beyond it: `unmerge_adapter` gives every base weight back bit for bit, and `safe_merge`
+    looks at all layers before it changes the first.
+    """
+
+    prefix = "lora_"
+    tuner_layer_cls = BaseTunerLayer
+    weighting: weighting.Plan | None = None  # while adapters are being combined
+
+    # --- which module becomes what ---------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """See PEFT. Everything that can be wrong with the config is found before the first module is replaced."""
+        config = self.peft_config[adapter_name]
+        config = self.peft_config[adapter_name] = weighting.adjusted(self, config)
+        self._targets = self._find_targets(model, config)
+        check_against_model(config, self._targets)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _find_targets(self, model: nn.Module, config: MoELoraConfig) -> dict[str, ExpertsSpec]:
+        """Path -> spec of the experts that a config targets. Raises `ValueError` where they cannot be adapted."""
+        found = {name: module.spec for name, module in model.named_modules() if isinstance(module, MoELoraLayer)}
+        found |= {
+            name: spec
+            for name, spec in find_experts(model).items()
+            if not any(name == known or name.startswith(f"{known}.") for known in found)
+        }
+        self._experts = found
+        if not config.expert_targets:
+            return {}
+        if not found:
+            raise ValueError(_no_experts(model))
+        _check_layers(config, found)
+        targets = {}
+        for name, spec in found.items():
+            if not self._asks_for(config, name):
+                continue
+            if spec.refused is not None:
+                raise ValueError(
+                    f"{name} ({type(model.get_submodule(name)).__name__}) cannot be adapted: {spec.refused}. Exclude "
+                    f"it with `exclude_modules`, or set `target_experts=[]`."
+                )
+            if targeted_projections(config, spec) and adapted_experts(config, spec, name) != ():
+                targets[name] = spec
+        return targets
+
+    def _asks_for(self, config: MoELoraConfig, name: str) -> bool:
+        """Whether `exclude_modules`, `modules_to_save` and `layers_to_transform` leave an experts module in."""
+        own = copy.copy(config)
+        own.target_modules = {name}
+        found = check_target_module_exists(own, name)
+        return bool(found) and not isinstance(found, ExcludedModule)
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        if key in self._targets:
+            return True
+        if any(key == name or key.startswith(f"{name}.") for name in self._experts):
+            # The children of a list of experts may match `target_modules` too: they are adapted as experts or not
+            # at all. Experts that are excluded are reported as such, so that PEFT does not warn of a vain exclusion.
+            return ExcludedModule() if key in self._experts and not self._asks_for(peft_config, key) else False
+        if not peft_config.target_modules:
+            return False
+        return check_target_module_exists(peft_config, key)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None:
+            known = self.target_module_mapping.get(model_config.get("model_type"), ())
+            peft_config.target_modules = known if isinstance(known, str) else set(known)
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        lora_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        if current_key not in self._targets:
+            super()._create_and_replace(
+                lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+            )
+            return
+        if isinstance(target, MoELoraLayer):
+            layer = target
+        else:
+            layer = MoELoraLayer(target, self._targets[current_key], current_key, block=parent)
+        layer.update_layer(adapter_name, lora_config.r, lora_config.lora_alpha, config=lora_config)
+        if adapter_name not in self.active_adapters:
+            for child in layer.projections.values():
+                child.set_requires_grad(adapter_name, False)
+        if layer is not target:
+            layer.train(target.training)
+            setattr(parent, target_name, layer)
+
+    @property
+    def expert_layers(self) -> list[MoELoraLayer]:
+        """All adapted experts modules."""
+        return [module for module in self.model.modules() if isinstance(module, MoELoraLayer)]
+
+    # --- mixed batches -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        layers = self.expert_layers if names is not None else []
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            # A block reads single experts from a list, past any hook on it: the layers are told directly.
+            for layer in layers:
+                layer.mixed_batch = list(names)
+            try:
+                yield
+            finally:
+                for layer in layers:
+                    layer.mixed_batch = None
+
+    # --- merge -------------------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """See PEFT; `unmerge_adapter` afterwards restores every base weight bit for bit.
+
+        Raises `ValueError` with `safe_merge` if any merged weight were not finite, before anything is changed.
+        """
+        if safe_merge:
+            self._check_merge_everywhere(adapter_names)
+        if not hasattr(self, "_linear_bytes"):
+            self._linear_bytes: dict[str, Tensor] = {}
+        for name, layer in self._stock_layers():
+            weight = getattr(layer.get_base_layer(), "weight", None)
+            if isinstance(weight, Tensor) and not layer.merged and name not in self._linear_bytes:
+                self._linear_bytes[name] = weight.detach().clone()
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    @torch.no_grad()
+    def unmerge_adapter(self) -> None:
+        """See PEFT. The base weights are those of before the merge, bit for bit."""
+        super().unmerge_adapter()
+        saved = getattr(self, "_linear_bytes", {})
+        for name, layer in self._stock_layers():
+            if name in saved:
+                layer.get_base_layer().weight.data.copy_(saved[name])
+        self._linear_bytes = {}
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge and safe_merge:
+            self._check_merge_everywhere(adapter_names)
+        layers = self.expert_layers
+        for layer in layers:
+            layer.keep_base = False
+        unloaded = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        for layer in layers:
+            layer.unbind()
+        return unloaded
+
+    def _stock_layers(self) -> Iterator[tuple[str, LoraLayer]]:
+        """PEFT's own LoRA layers."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, LoraLayer) and not isinstance(module, MoELoraLayer):
+                yield name, module
+
+    @torch.no_grad()
+    def _check_merge_everywhere(self, adapter_names: list[str] | None) -> None:
+        for layer in self.expert_layers:
+            layer.check_merge(adapter_names)
+        for name, layer in self._stock_layers():
+            weight = getattr(layer.get_base_layer(), "weight", None)
+            if not isinstance(weight, Tensor) or not weight.is_floating_point() or not hasattr(layer, "get_delta_weight"):
+                continue
+            for adapter in adapter_names or layer.active_adapters:
+                if adapter in layer.lora_A and not torch.isfinite(weight + layer.get_delta_weight(adapter)).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. {name}: merging {adapter} leaves values that are not "
+                        "finite; the adapter seems broken. Nothing was changed."
+                    )
+
+    # --- weighted adapters -------------------------------------------------------------------------------------------
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "svd", **kwargs: Any
+    ) -> None:
+        """See PEFT; experts are combined as linears are, expert by expert."""
+        if adapter_name in self.peft_config:
+            return
+        plan = weighting.plan(self, adapters, weights, combination_type, **kwargs)
+        with weighting.in_progress(self, plan):
+            super().add_weighted_adapter(
+                adapters, weights, adapter_name, combination_type=combination_type, **kwargs
+            )
+        for layer in self.expert_layers:
+            weighting.combine(layer, adapter_name, plan)
+
+    # --- state dicts -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], unwanted_adapter_names: Any
+    ) -> dict[str, Tensor]:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        for key, layer, factor in _expert_tensors(model, adapter_name):
+            if key in found:
+                found[key] = native.pack(found[key], factor, layer.adapters[adapter_name].ranks)
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        own = {key: (layer, factor) for key, layer, factor in _expert_tensors(model, adapter_name)}
+        in_file = {key: value for key, value in state_dict.items() if native.is_expert_key(key)}
+        rest = {key: value for key, value in state_dict.items() if key not in in_file}
+        prefix = "base_model.model."
+        expected = {prefix + key.removeprefix(prefix).removesuffix(f".{adapter_name}"): key for key in own}
+        loaded: dict[str, Tensor] = {}
+        parameters = dict(model.named_parameters())
+        keys = {prefix + key.removeprefix(prefix): key for key in in_file}
+        for wanted, found in native.match(keys, expected, adapter_name).items():
+            model_key = expected[wanted]
+            layer, factor = own[model_key]
+            tensor, target = in_file[keys[found]], parameters[model_key]
+            ranks = layer.adapters[adapter_name].ranks
+            native.check_shape(keys[found], tensor.shape, native.packed_shape(target.shape, factor, ranks))
+            loaded[model_key] = native.unpack(tensor, factor, ranks)
+        return loaded | super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
+
+    def subtract_mutated_init(self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None) -> Any:
+        """Refused where experts are adapted: see PEFT's `path_initial_model_for_weight_conversion`."""
+        if self.expert_layers:
+            raise ValueError(
+                "`path_initial_model_for_weight_conversion` is not implemented for expert adapters. Save the adapter "
+                "as it is and load it on the residual base, or merge it."
+            )
+        return super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
+
+
+def _expert_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, MoELoraLayer, str]]:
+    """(model key, its layer, lora_A | lora_B | lora_magnitude_vector) of every expert tensor of an adapter."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, MoELoraLayer):
+            continue
+        for slot, child in layer.projections.items():
+            for factor in ProjectionAdapter.adapter_layer_names:
+                if adapter_name in getattr(child, factor):
+                    yield f"{name}.{slot}.{factor}.{adapter_name}", layer, factor
+
+
+def _no_experts(model: nn.Module) -> str:
+    names = [name for name, _ in model.named_modules() if any(word in name.lower() for word in ("expert", "moe", "mlp"))]
+    near = ", ".join(names[:6]) or ", ".join(name for name, _ in list(model.named_modules())[1:7])
+    return (
+        f"{type(model).__name__} has no routed experts that peft-moe knows. Looked for stacked 3-D parameters "
+        "(gate_up_proj or up_proj with down_proj) and for lists of expert MLPs named `experts`; the nearest modules "
+        f"are {near}. Set `target_experts=[]` to adapt linears alone."
+    )
+
+
+def _check_layers(config: MoELoraConfig, experts: dict[str, ExpertsSpec]) -> None:
+    """Raise `ValueError` if `expert_indices` names a layer that has no experts."""
+    if isinstance(config.expert_indices, dict):
+        known = {layer_number(name) for name in experts}
+        unknown = sorted(set(config.expert_indices) - known)  # type: ignore[operator]
+        if unknown:
+            raise ValueError(
+                f"MoELoraConfig: `expert_indices` names layers {unknown}, which have no experts; expected layers among "
+                f"{sorted(number for number in known if number is not None)}."
+            )

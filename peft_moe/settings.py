@@ -1,0 +1,172 @@
+"""What a config asks of one experts module, resolved against its layout."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .compat import get_pattern_key
+from .config import MoELoraConfig
+from .layouts import ExpertsSpec, ProjectionSpec
+
+
+@dataclass
+class AdapterSettings:
+    """What one adapter asks of one experts module.
+
+    Attributes:
+        projections: names of the adapted projections.
+        experts: indices of the adapted experts, ascending; `None`: all.
+        ranks: of each adapted expert; the storage is padded to the largest.
+        alpha, base_scaling: of the first adapted expert.
+        scaling: of each adapted expert, relative to the first; `None` where all are equal.
+        dropout, use_dora, split_gate_up, share_experts: as in `MoELoraConfig`.
+    """
+
+    projections: tuple[str, ...]
+    experts: tuple[int, ...] | None
+    ranks: tuple[int, ...]
+    alpha: float
+    base_scaling: float
+    scaling: tuple[float, ...] | None
+    dropout: float
+    use_dora: bool
+    split_gate_up: bool
+    share_experts: str | None
+    _constants: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the storage."""
+        return max(self.ranks)
+
+    def expert_scaling(self, position: int, base: float | None = None) -> float:
+        """Scaling of the adapted expert at a position, given that of the first (`None`: as configured)."""
+        return (self.base_scaling if base is None else base) * (1.0 if self.scaling is None else self.scaling[position])
+
+    def slots(self, projection: ProjectionSpec) -> tuple[str, ...]:
+        """The parameter groups of a projection: itself, or gate and up apart."""
+        if self.split_gate_up and projection.gate is not None:
+            return ("gate_proj", "up_proj")
+        return (projection.name,)
+
+    def slot_rows(self, projection: ProjectionSpec, slot: str) -> slice:
+        """The output rows of a projection that a slot adapts."""
+        if len(self.slots(projection)) == 1:
+            return slice(None)
+        return projection.gate_rows(up=slot == "up_proj")
+
+    def adapted(self, num_experts: int) -> Sequence[int]:
+        """The indices of the adapted experts."""
+        return range(num_experts) if self.experts is None else self.experts
+
+    def shares(self, projection: ProjectionSpec, factor: str) -> bool:
+        """Whether a factor ("A" or "B") of a projection is one for all experts."""
+        if self.share_experts is None:
+            return False
+        return factor == ("B" if projection.target == "down_proj" else "A")
+
+    def constant(self, name: str, device: torch.device) -> Tensor:
+        """`experts` as int64 or `scaling` as fp32 `(E', 1, 1)`, on a device; made once a device."""
+        key = (name, device)
+        if key not in self._constants:
+            if name == "experts":
+                self._constants[key] = torch.tensor(self.experts, dtype=torch.int64, device=device)
+            else:
+                self._constants[key] = torch.tensor(self.scaling, dtype=torch.float32, device=device)[:, None, None]
+        return self._constants[key]
+
+
+def layer_number(name: str) -> int | None:
+    """The layer of a module path, its first number: `model.layers.3.mlp.experts` -> 3."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(found.group(1)) if found else None
+
+
+def adapted_experts(config: MoELoraConfig, spec: ExpertsSpec, name: str) -> tuple[int, ...] | None:
+    """Which experts of a module get an adapter; `None`: all. Raises `ValueError` for an index out of range."""
+    indices: Iterable[int] | None
+    if isinstance(config.expert_indices, dict):
+        number = layer_number(name)
+        indices = config.expert_indices.get(number, ()) if number is not None else ()
+    else:
+        indices = config.expert_indices
+    if indices is None:
+        return None
+    chosen = tuple(indices)
+    if chosen and chosen[-1] >= spec.num_experts:
+        raise ValueError(
+            f"MoELoraConfig: `expert_indices` asks for expert {chosen[-1]} of {name}, which has {spec.num_experts} "
+            f"experts; expected indices from 0 to {spec.num_experts - 1}."
+        )
+    return chosen
+
+
+def targeted_projections(config: MoELoraConfig, spec: ExpertsSpec) -> tuple[str, ...]:
+    """The names of the projections of a module that a config targets."""
+    return tuple(projection.name for projection in spec.projections if projection.target in config.expert_targets)
+
+
+def resolve(config: MoELoraConfig, spec: ExpertsSpec, name: str) -> AdapterSettings:
+    """The settings of a config's adapter on one experts module.
+
+    Args: name: path of the module, against which patterns and layers are matched.
+    """
+    experts = adapted_experts(config, spec, name)
+    ranks, alphas = [], []
+    for expert in range(spec.num_experts) if experts is None else experts:
+        key = f"{name}.{expert}"
+        rank_key = get_pattern_key((config.expert_rank_pattern or {}).keys(), key)
+        alpha_key = get_pattern_key((config.expert_alpha_pattern or {}).keys(), key)
+        ranks.append((config.expert_rank_pattern or {}).get(rank_key, config.expert_r or config.r))
+        default_alpha = config.lora_alpha if config.expert_alpha is None else config.expert_alpha
+        alphas.append((config.expert_alpha_pattern or {}).get(alpha_key, default_alpha))
+    scaling = [
+        alpha / (math.sqrt(rank) if config.use_rslora else rank) for alpha, rank in zip(alphas, ranks, strict=True)
+    ]
+    if config.share_experts and (len(set(ranks)) > 1 or experts is not None):
+        raise ValueError(
+            f"MoELoraConfig: `share_experts={config.share_experts!r}` needs one rank for all experts of {name}; "
+            "it cannot hold with `expert_rank_pattern` or `expert_indices` there."
+        )
+    uniform = len(set(scaling)) == 1
+    if not uniform and 0 in scaling:
+        raise ValueError(f"MoELoraConfig: alphas of {name} mix zero with other values; leave those experts out instead.")
+    return AdapterSettings(
+        projections=targeted_projections(config, spec),
+        experts=experts,
+        ranks=tuple(ranks),
+        alpha=alphas[0],
+        base_scaling=scaling[0],
+        scaling=None if uniform else tuple(value / scaling[0] for value in scaling),
+        dropout=config.lora_dropout,
+        use_dora=config.use_dora,
+        split_gate_up=config.split_gate_up,
+        share_experts=config.share_experts,
+    )
+
+
+def check_against_model(config: MoELoraConfig, targets: dict[str, ExpertsSpec]) -> None:
+    """Raise `ValueError` for what a config says of experts that no targeted module has.
+
+    Everything is checked here, before the first module is touched.
+    """
+    for name, spec in targets.items():
+        resolve(config, spec, name)
+    keys = [f"{name}.{expert}" for name, spec in targets.items() for expert in range(spec.num_experts)]
+    for option in ("expert_rank_pattern", "expert_alpha_pattern"):
+        for pattern in getattr(config, option) or {}:
+            if not any(_matches(pattern, key) for key in keys):
+                raise ValueError(
+                    f"MoELoraConfig: `{option}` has the pattern {pattern!r}, which matches no expert; expected a regex "
+                    f"of a name such as {keys[0] if keys else '<experts module>.<index>'!r}."
+                )
+
+
+def _matches(pattern: str, key: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", key) is not None

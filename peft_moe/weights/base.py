@@ -1,0 +1,46 @@
+"""The protocol of a frozen stack. Nothing else in the package knows how weights are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..ops.linear import FrozenStack
+
+
+class ExpertWeight(Protocol):
+    """The frozen weights of one projection of all experts, seen as `(E, out, in)`.
+
+    Stores read the base's tensors at every call: a base may be moved, cast or re-loaded under them.
+    """
+
+    shape: tuple[int, int, int]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the base computes with these weights."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+
+    def frozen(self) -> FrozenStack:
+        """What the ops multiply with: the `(E, out, in)` tensor, or what builds it."""
+
+    def materialize(self, experts: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """`(E', out, in)` of the given experts (`None`: all) in `dtype` (`None`: `self.dtype`)."""
+
+    def add_(self, delta: Tensor, experts: Sequence[int]) -> None:
+        """Add an fp32 `(E', out, in)` delta to the given experts; summed in fp32, rounded once."""
+
+    def snapshot(self) -> Any:
+        """A copy of the stored bytes, for `restore`."""
+
+    def restore(self, snapshot: Any) -> None:
+        """Put the bytes of a snapshot back, bit for bit."""
+
+    def freeze(self) -> None:
+        """Set `requires_grad` of the stored tensors to False."""

@@ -1,0 +1,199 @@
+"""Weights in 16, 32 or 64 bit: stacked 3-D parameters, and lists of expert modules re-housed in one stack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def parameter_at(module: nn.Module, path: str) -> Tensor:
+    """The parameter at a dotted path below a module, `mlp.w1`."""
+    owner, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(owner) if owner else module, name)
+
+
+def check_dense(tensor: Tensor, path: str) -> None:
+    """Raise `ValueError` unless the tensor holds plain floating-point weights of at least 16 bits.
+
+    Packed or scaled codes (bitsandbytes, FP8, MXFP4) are never cast: without their scales that is silent corruption.
+    """
+    if tensor.dtype not in DENSE_DTYPES:
+        raise ValueError(
+            f"{path}: expert weights are stored as {tensor.dtype}, which this version cannot adapt; expected one of "
+            f"{', '.join(str(dtype) for dtype in DENSE_DTYPES)}. Load the model dequantized, for example with "
+            "`dtype=torch.bfloat16` and without a quantization config."
+        )
+
+
+def _add_rounded_once(target: Tensor, delta: Tensor) -> None:
+    wide = torch.promote_types(target.dtype, torch.float32)
+    target.copy_(target.to(wide) + delta.to(device=target.device, dtype=wide))
+
+
+class _Dense:
+    """What both dense stores share, given `_rows(expert)`: the views `(rows, in)` of one expert that fill its out."""
+
+    shape: tuple[int, int, int]
+
+    def _tensors(self) -> list[Tensor]:
+        raise NotImplementedError
+
+    def _rows(self, expert: int) -> list[Tensor]:
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._tensors()[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._tensors()[0].device
+
+    def freeze(self) -> None:
+        for tensor in self._tensors():
+            tensor.requires_grad_(False)
+
+    @torch.no_grad()
+    def materialize(self, experts: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        chosen = range(self.shape[0]) if experts is None else experts
+        return torch.stack([torch.cat(self._rows(expert)) for expert in chosen]).to(dtype or self.dtype)
+
+    @torch.no_grad()
+    def add_(self, delta: Tensor, experts: Sequence[int]) -> None:
+        for value, expert in zip(delta, experts, strict=True):
+            start = 0
+            for rows in self._rows(expert):
+                _add_rounded_once(rows, value[start : start + rows.shape[0]])
+                start += rows.shape[0]
+
+    @torch.no_grad()
+    def snapshot(self) -> list[Tensor]:
+        return [tensor.detach().clone() for tensor in self._tensors()]
+
+    @torch.no_grad()
+    def restore(self, snapshot: list[Tensor]) -> None:
+        for tensor, saved in zip(self._tensors(), snapshot, strict=True):
+            tensor.copy_(saved)
+
+
+class DenseStack(_Dense):
+    """One or more stacked parameters whose rows follow each other.
+
+    Args:
+        module: the experts module. parts: `(path, transposed, flat)` of each tensor, see `layouts.spec.Part`.
+        shape: `(E, out, in)`. A tensor may hold more experts than E (identity experts): the first E count.
+    """
+
+    def __init__(
+        self, module: nn.Module, parts: Sequence[tuple[str, bool, bool]], shape: tuple[int, int, int], name: str
+    ) -> None:
+        self.module, self.parts, self.shape = module, tuple(parts), shape
+        for path, _, _ in self.parts:
+            check_dense(parameter_at(module, path), f"{name}.{path}")
+
+    def _tensors(self) -> list[Tensor]:
+        return [parameter_at(self.module, path).data for path, _, _ in self.parts]
+
+    def freeze(self) -> None:
+        for path, _, _ in self.parts:
+            parameter_at(self.module, path).requires_grad_(False)
+
+    def _stacks(self) -> list[Tensor]:
+        """Views `(E, rows, in)`."""
+        found = []
+        for path, transposed, flat in self.parts:
+            tensor = parameter_at(self.module, path).detach()
+            if flat:
+                tensor = tensor.view(self.shape[0], -1, tensor.shape[-1])
+            tensor = tensor[: self.shape[0]]
+            found.append(tensor.transpose(1, 2) if transposed else tensor)
+        return found
+
+    def _rows(self, expert: int) -> list[Tensor]:
+        return [stack[expert] for stack in self._stacks()]
+
+    def build(self) -> Tensor:
+        """The `(E, out, in)` tensor; a view where one parameter holds it all."""
+        stacks = self._stacks()
+        return stacks[0] if len(stacks) == 1 else torch.cat(stacks, dim=1)
+
+    def frozen(self) -> Tensor | object:
+        return self.build() if len(self.parts) == 1 else self.build
+
+
+class ModuleStack(_Dense):
+    """The linears of a list of expert modules, re-housed in one `(E, out, in)` tensor.
+
+    Each module's `weight` becomes a view of the stack: names, state dicts and saving stay as they were, nothing is
+    held twice. Whatever replaces the storage of a weight (a move, a cast, a hook) is noticed by the next call, which
+    houses the weights anew.
+
+    Args:
+        linears: for each expert its linears, in the order in which their rows follow each other.
+        shape: `(E, out, in)`. path: of the experts module, for errors.
+    """
+
+    def __init__(self, linears: Sequence[Sequence[nn.Module]], shape: tuple[int, int, int], path: str) -> None:
+        self.linears, self.shape = [list(expert) for expert in linears], shape
+        self.stack: Tensor | None = None
+        for expert, modules in enumerate(self.linears):
+            for linear in modules:
+                check_dense(linear.weight, f"{path}.{expert}")
+
+    def _tensors(self) -> list[Tensor]:
+        return [linear.weight.data for modules in self.linears for linear in modules]
+
+    def freeze(self) -> None:
+        for modules in self.linears:
+            for linear in modules:
+                linear.weight.requires_grad_(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.linears[0][0].weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.linears[0][0].weight.device
+
+    def _rows(self, expert: int) -> list[Tensor]:
+        return [linear.weight.data for linear in self.linears[expert]]
+
+    def _is_housed(self) -> bool:
+        if self.stack is None:
+            return False
+        position, step = self.stack.data_ptr(), self.stack.element_size()
+        for modules in self.linears:
+            for linear in modules:
+                weight = linear.weight
+                if weight.data_ptr() != position or weight.dtype != self.stack.dtype:
+                    return False
+                position += weight.numel() * step
+        return True
+
+    @torch.no_grad()
+    def frozen(self) -> Tensor:
+        """The `(E, out, in)` stack, which the modules' weights are views of."""
+        if not torch.compiler.is_compiling() and not self._is_housed():
+            if self.device.type == "meta":
+                raise ValueError(
+                    "expert weights are on the meta device at the time of the call: they are offloaded, and nothing "
+                    "loaded them. Keep the experts on a device, or offload whole layers."
+                )
+            devices = {linear.weight.device for modules in self.linears for linear in modules}
+            if len(devices) > 1:
+                raise ValueError(f"the experts of one module lie on several devices {sorted(map(str, devices))}")
+            self.stack = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            for expert, modules in enumerate(self.linears):
+                start = 0
+                for linear in modules:
+                    house = self.stack[expert, start : start + linear.weight.shape[0]]
+                    house.copy_(linear.weight)
+                    linear.weight.data = house
+                    start += house.shape[0]
+        assert self.stack is not None
+        return self.stack
