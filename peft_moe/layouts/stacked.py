@@ -199,7 +199,9 @@ def describe_stacked(name: str, module: nn.Module) -> ExpertsSpec | None:
             (only,) = spec.projections
             down = ProjectionSpec("down_proj", "down_proj", only.out_features, only.in_features, only.parts)
             spec = ExpertsSpec(spec.num_experts, (down,), spec.call)
-    if spec is None and (_is_stack(getattr(module, "gate_up_proj", None)) or _is_stack(getattr(module, "down_proj", None))):
+    # Shared experts see every token: they are dense layers, whatever they are called.
+    stacks = any(_is_stack(getattr(module, first, None)) for first in ("gate_up_proj", "down_proj"))
+    if spec is None and stacks and "shared" not in name.rpartition(".")[2]:
         return ExpertsSpec(
             0, (), None,
             refused=f"{kind} holds stacked experts but says nothing of their layout (no "

@@ -118,6 +118,11 @@ def test_autocast(case: Case, dtype: torch.dtype) -> None:
         getattr(block, name).float()
     x = tokens().to(dtype)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        if case.family == "longcat_flash" and dtype == torch.float32:
+            with pytest.raises(RuntimeError, match="same scalar type"):
+                block(x)  # adds fp32 identities to a bf16 buffer; the grouped forward has no such step
+            assert find_block_forward(block)(block, by_loop(block), x).dtype == dtype
+            return
         want, got = leaves(block(x.clone())), leaves(find_block_forward(block)(block, by_loop(block), x.clone()))
     assert [(t.dtype, t.shape) for t in got] == [(t.dtype, t.shape) for t in want]
     assert cosine_similarity(got[0].float().flatten(), want[0].float().flatten(), dim=0) > 0.9999
@@ -139,9 +144,8 @@ def test_compiles_whole(case: Case, training: bool) -> None:
         outputs.append(leaves(function(leaf * 1.0)))
         outputs[-1][0].square().sum().backward()
         outputs[-1].append(leaf.grad)
-    if case.family != "phimoe" or not training:  # its sampling draws in another order when compiled
-        for ours, theirs in zip(*outputs, strict=True):
-            assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(*outputs, strict=True):
+        assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @old
