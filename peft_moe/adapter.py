@@ -46,12 +46,20 @@ class ProjectionAdapter(nn.Module, BaseTunerLayer):
 def slot_factors(
     adapter: ProjectionAdapter, name: str, settings: AdapterSettings, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """A `(E', r, in)` and B `(E', out, r)` of one slot, shared factors expanded, the scaling folded into B."""
+    """A `(E', r, in)` and B `(E', out, r)` of one slot, shared factors expanded, the scaling folded into B.
+
+    Args: scaling: the nominal one of the adapter; that of each expert is relative to it.
+    """
     a, b = adapter.lora_A[name], adapter.lora_B[name]
+    if a.dim() != 3 or b.dim() != 3:
+        raise ValueError(
+            f"adapter {name!r} has factors of shape {tuple(a.shape)} and {tuple(b.shape)}, expected 3 dimensions: an "
+            "adapter whose experts differ in rank cannot be hot-swapped in. Load it with `load_adapter`."
+        )
     experts = max(a.shape[0], b.shape[0], len(settings.ranks))
     a, b = (factor.expand(experts, -1, -1) for factor in (a, b))
-    if scaling != 1.0:
-        b = b * scaling
+    if scaling * settings.factor != 1.0:
+        b = b * (scaling * settings.factor)
     if settings.scaling is not None:
         b = b * settings.constant("scaling", b.device)
     return a, b
@@ -79,7 +87,9 @@ def factors(
     return torch.cat((gate_a, up_a), dim=1), b
 
 
-def for_ops(a: Tensor, b: Tensor, settings: AdapterSettings, spec: ExpertsSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def for_ops(
+    a: Tensor, b: Tensor, settings: AdapterSettings, spec: ExpertsSpec, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Factors of the adapted experts -> of all experts, in the compute dtype: zeros where an expert has no adapter."""
     a, b = a.to(dtype), b.to(dtype)
     if settings.experts is not None:
@@ -100,7 +110,9 @@ def join_and_pad(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return a.contiguous(), b.contiguous()
 
 
-def magnitude(adapters: dict[str, ProjectionAdapter], name: str, settings: AdapterSettings, projection: ProjectionSpec) -> Tensor:
+def magnitude(
+    adapters: dict[str, ProjectionAdapter], name: str, settings: AdapterSettings, projection: ProjectionSpec
+) -> Tensor:
     """DoRA's magnitudes `(E', out)` of one projection."""
     slots = settings.slots(projection)
     parts = [adapters[slot].lora_magnitude_vector[name] for slot in slots]

@@ -78,7 +78,7 @@ def hook_linears(layer: MoELoraLayer) -> list[LinearHook]:
         for expert, name in enumerate(layer.spec.experts):
             start = 0
             for part in projection.parts:
-                linear = layer.base_layer.get_submodule(f"{name}.{part.path}".rstrip("."))
+                linear: Any = layer.base_layer.get_submodule(f"{name}.{part.path}".rstrip("."))
                 rows = slice(start, start + linear.out_features)
                 hooks.append(LinearHook(layer, projection, expert, rows, linear))
                 start = rows.stop

@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import (
     check_adapters_to_merge,
     check_target_module_exists,
 )
+from peft.utils import hotswap
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -43,7 +44,7 @@ ExcludedModule = _ExcludedModule
 
 def add_enum_member(cls: type[enum.Enum], name: str) -> None:
     """Add a member to a string enum, as its metaclass would have at class creation."""
-    member: Any = str.__new__(cls, name)  # type: ignore[call-overload]
+    member: Any = str.__new__(cls, name)  # type: ignore[type-var]
     member._name_ = name
     member._value_ = name
     member._sort_order_ = len(cls._member_names_)
@@ -65,6 +66,13 @@ class RegistryTable:
         return hash(self.name)
 
 
+# What two adapters must agree on to be hot-swapped, beside what PEFT asks of LoRA: all that shapes or scales experts.
+_HOTSWAP_KEYS = [
+    "r", "use_rslora", "lora_dropout", "alpha_pattern", "use_dora", "target_experts", "expert_r", "expert_alpha",
+    "expert_rank_pattern", "expert_alpha_pattern", "expert_indices", "split_gate_up", "share_experts",
+]  # fmt: skip
+
+
 def peft_tables(config_cls: type, model_cls: Any) -> dict[RegistryTable, Any]:
     """PEFT's tables and what this tuner enters there.
 
@@ -75,6 +83,7 @@ def peft_tables(config_cls: type, model_cls: Any) -> dict[RegistryTable, Any]:
         RegistryTable("PEFT_TYPE_TO_CONFIG_MAPPING", mapping.PEFT_TYPE_TO_CONFIG_MAPPING): config_cls,
         RegistryTable("PEFT_TYPE_TO_TUNER_MAPPING", mapping.PEFT_TYPE_TO_TUNER_MAPPING): model_cls,
         RegistryTable("PEFT_TYPE_TO_PREFIX_MAPPING", mapping.PEFT_TYPE_TO_PREFIX_MAPPING): model_cls.prefix,
+        RegistryTable("CONFIG_KEYS_TO_CHECK", hotswap.CONFIG_KEYS_TO_CHECK): _HOTSWAP_KEYS,
     }
 
 

@@ -73,7 +73,9 @@ class MoELoraConfig(LoraConfig):
 
     target_experts: str | list[str] | None = field(
         default="all",
-        metadata={"help": "Expert projections to adapt: 'all', a list among gate_up_proj and down_proj, or [] for none."},
+        metadata={
+            "help": "Expert projections to adapt: 'all', a list among gate_up_proj and down_proj, or [] for none."
+        },
     )
     expert_r: int | None = field(default=None, metadata={"help": "Rank of the expert adapters; default: r."})
     expert_alpha: float | None = field(
@@ -93,7 +95,7 @@ class MoELoraConfig(LoraConfig):
     share_experts: Literal["outer"] | None = field(
         default=None, metadata={"help": "'outer': one A of gate_up and one B of down for all experts."}
     )
-    experts_backend: Literal["auto", "grouped_mm", "loop"] = field(
+    experts_backend: Literal["auto", "grouped_mm", "triton", "loop"] = field(
         default="auto", metadata={"help": "How grouped products run: 'auto', 'grouped_mm' or 'loop'."}
     )
     dequantize: Literal["recompute", "cache"] = field(
@@ -113,10 +115,12 @@ class MoELoraConfig(LoraConfig):
         if self.share_experts not in (None, "outer"):
             _fail("share_experts", self.share_experts, "is unknown; expected None or 'outer'")
         if self.share_experts and self.split_gate_up:
-            _fail("share_experts", self.share_experts, "shares the one A of gate_up, and `split_gate_up=True` makes two")
+            _fail(
+                "share_experts", self.share_experts, "shares the one A of gate_up, and `split_gate_up=True` makes two"
+            )
         if self.experts_backend == "triton":
             _fail("experts_backend", "triton", f"has no kernels in this version; expected one of {', '.join(BACKENDS)}")
-        if self.experts_backend not in BACKENDS:
+        elif self.experts_backend not in BACKENDS:
             _fail("experts_backend", self.experts_backend, f"is unknown; expected one of {', '.join(BACKENDS)}")
         if self.dequantize not in ("recompute", "cache"):
             _fail("dequantize", self.dequantize, "is unknown; expected 'recompute' or 'cache'")
@@ -210,5 +214,3 @@ class MoELoraConfig(LoraConfig):
     def expert_targets(self) -> tuple[str, ...]:
         """The targeted projections, among `TARGETS`."""
         return TARGETS if self.target_experts == "all" else tuple(self.target_experts or ())
-
-

@@ -65,9 +65,9 @@ def run_experts(
         routing = route(index, spec.num_experts, sentinels)
         names = _taking_part(layer)
         if _whole_mlp(layer, names):
-            up, down = (_joined(layer, projection, names, dtype) for projection in spec.projections)
+            first, second = (_joined(layer, projection, names, dtype) for projection in spec.projections)
             gate = spec.closed_form if spec.closed_form else lambda pre: activation(layer, pre)
-            return expert_mlp(x, weights, routing, up, down, gate, layer.backend, out_dtype)
+            return expert_mlp(x, weights, routing, first, second, gate, layer.backend, out_dtype)
         rows = Gather.apply(x, routing.order, routing.inverse, routing.top_k, routing.valid)
         row_adapter = _row_adapter(layer, names, x.shape[0], routing, copies)
         up, down = spec.projections
@@ -84,8 +84,8 @@ def run_projection(layer: MoELoraLayer, rows: Tensor, offsets: Tensor) -> Tensor
     dtype = layer.stores[projection.name].dtype
     if layer.mixed_batch is not None:
         raise ValueError(
-            f"{layer.name}: its rows arrive sorted by expert, so which sample a row belongs to is unknown: a batch that "
-            "mixes adapters (`adapter_names`) cannot run here. Run one adapter at a time."
+            f"{layer.name}: its rows arrive sorted by expert, so which sample a row belongs to is unknown: a batch "
+            "that mixes adapters (`adapter_names`) cannot run here. Run one adapter at a time."
         )
     out_dtype = rows.dtype
     with _without_autocast(rows.device):
@@ -124,9 +124,7 @@ def _joined(layer: MoELoraLayer, projection: ProjectionSpec, names: list[str], d
     return Projection(_frozen(layer, projection, dtype), _bias(layer, projection, dtype), a, b)  # type: ignore[arg-type]
 
 
-def _row_adapter(
-    layer: MoELoraLayer, names: list[str], tokens: int, routing: Routing, copies: int
-) -> Tensor | None:
+def _row_adapter(layer: MoELoraLayer, names: list[str], tokens: int, routing: Routing, copies: int) -> Tensor | None:
     """`(S, 1)` number in `names` of each sorted row's adapter, -1 for the base; `None` unless the batch is mixed."""
     if layer.mixed_batch is None:
         return None
@@ -136,7 +134,9 @@ def _row_adapter(
             f"{layer.name}: {tokens} tokens cannot be told apart into the {samples} samples of `adapter_names`; "
             "expected as many tokens for each sample."
         )
-    numbers = torch.tensor([names.index(n) if n in names else -1 for n in layer.mixed_batch], device=routing.order.device)
+    numbers = torch.tensor(
+        [names.index(n) if n in names else -1 for n in layer.mixed_batch], device=routing.order.device
+    )
     per_token = numbers.repeat_interleave(tokens // (samples * copies)).repeat(copies)
     return per_token[routing.order // routing.top_k].unsqueeze(-1)
 
@@ -194,7 +194,9 @@ def _row_norms(layer: MoELoraLayer, projection: ProjectionSpec, experts: object,
     return torch.stack(norms)
 
 
-def adapt_linear(layer: MoELoraLayer, projection: ProjectionSpec, expert: int, rows: slice, x: Tensor, out: Tensor) -> Tensor:
+def adapt_linear(
+    layer: MoELoraLayer, projection: ProjectionSpec, expert: int, rows: slice, x: Tensor, out: Tensor
+) -> Tensor:
     """The output of one expert's own linear, adapted: the path of blocks that run themselves.
 
     Args: rows: of the projection's output, which this linear computes. x: `(..., in)`. out: `(..., rows)`, with bias.

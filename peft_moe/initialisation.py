@@ -114,7 +114,13 @@ def take_out(
 
 
 def magnitudes(
-    store: ExpertWeight, experts: Sequence[int], rows: slice, a: Tensor, b: Tensor, settings: AdapterSettings
+    store: ExpertWeight,
+    experts: Sequence[int],
+    rows: slice,
+    a: Tensor,
+    b: Tensor,
+    settings: AdapterSettings,
+    nominal: float,
 ) -> Tensor:
     """DoRA's first magnitudes `(E', out)`: the row norms of `W + scaling B A`, so that the adapter starts neutral."""
     norms = []
@@ -122,5 +128,5 @@ def magnitudes(
         for position, expert in enumerate(experts):
             weight = store.materialize([expert], torch.float32)[0][rows]
             low_a, low_b = (factor[position if factor.shape[0] > 1 else 0].to(weight) for factor in (a, b))
-            norms.append((weight + settings.expert_scaling(position) * (low_b @ low_a)).norm(dim=1))
+            norms.append((weight + settings.expert_scaling(position, nominal) * (low_b @ low_a)).norm(dim=1))
         return torch.stack(norms)

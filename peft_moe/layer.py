@@ -15,7 +15,7 @@ from .compat import LoraLayer, check_adapters_to_merge, onload
 from .config import MoELoraConfig
 from .layouts import ExpertsSpec, ProjectionSpec
 from .ops.grouped import log_once
-from .settings import AdapterSettings, resolve
+from .settings import AdapterSettings, nominal_scaling, resolve
 from .weights import DenseStack, ExpertWeight, ModuleStack
 
 
@@ -123,7 +123,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         return not self.active
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: MoELoraConfig, **kwargs: Any) -> None:
-        """Add an adapter. `r` and `lora_alpha` are those of linears: the experts' come from the config.
+        """Add an adapter. Rank and scaling of the experts come from the config, not from `r` and `lora_alpha`.
 
         Raises `ValueError` for what the config asks and this module cannot give; the layer is then unchanged.
         """
@@ -134,12 +134,12 @@ class MoELoraLayer(nn.Module, LoraLayer):
             slot: found
             for projection in self.spec.projections
             if projection.name in settings.projections
-            for slot, found in self._new_parameters(settings, projection, config.init_lora_weights).items()
+            for slot, found in self._new_parameters(settings, projection, config).items()
         }
         self.adapters[adapter_name] = settings
-        self.r[adapter_name], self.lora_alpha[adapter_name] = settings.rank, settings.alpha
+        self.r[adapter_name], self.lora_alpha[adapter_name] = config.r, config.lora_alpha
         self.use_rslora[adapter_name], self.use_dora[adapter_name] = config.use_rslora, config.use_dora
-        self.scaling[adapter_name] = settings.base_scaling
+        self.scaling[adapter_name] = nominal_scaling(config)
         self.backend = config.experts_backend
         for slot, (a, b, magnitudes) in parameters.items():
             if slot not in self.projections:
@@ -149,13 +149,15 @@ class MoELoraLayer(nn.Module, LoraLayer):
             if magnitudes is not None:
                 child.lora_magnitude_vector[adapter_name] = nn.Parameter(magnitudes)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        for layer in (self, *self.projections.values()):
+        everything: list[Any] = [self, *self.projections.values()]
+        for layer in everything:
             layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _new_parameters(
-        self, settings: AdapterSettings, projection: ProjectionSpec, init: bool | str
+        self, settings: AdapterSettings, projection: ProjectionSpec, config: MoELoraConfig
     ) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
         store, experts = self.stores[projection.name], settings.adapted(self.spec.num_experts)
+        init, nominal = config.init_lora_weights, nominal_scaling(config)
         found = {}
         for slot in settings.slots(projection):
             rows = settings.slot_rows(projection, slot)
@@ -173,12 +175,12 @@ class MoELoraLayer(nn.Module, LoraLayer):
                     for position, expert in enumerate(experts):
                         initialisation.take_out(
                             store, expert, rows, a[position], b[position], str(init), settings.ranks[position],
-                            settings.expert_scaling(position), where,
+                            settings.expert_scaling(position, nominal), where,
                         )  # fmt: skip
                 else:
                     initialisation.fill(a, b, init, settings.ranks, where)
                 if settings.use_dora:
-                    magnitudes = initialisation.magnitudes(store, experts, rows, a, b, settings)
+                    magnitudes = initialisation.magnitudes(store, experts, rows, a, b, settings, nominal)
             found[slot] = (a, b, magnitudes)
         return found
 
@@ -229,7 +231,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         """The bias of the linear of one expert that computes the given rows."""
         start = 0
         for part in projection.parts:
-            linear = self.base_layer.get_submodule(f"{self.spec.experts[expert]}.{part.path}".rstrip("."))
+            linear: Any = self.base_layer.get_submodule(f"{self.spec.experts[expert]}.{part.path}".rstrip("."))
             if start == rows.start:
                 return linear.bias
             start += linear.out_features
@@ -304,5 +306,3 @@ class MoELoraLayer(nn.Module, LoraLayer):
     def extra_repr(self) -> str:
         kind = "grouped" if self.spec.one_by_one is False else "one by one"
         return f"{self.spec.num_experts} experts, {kind}, backend={self.backend}, adapters={list(self.adapters)}"
-
-

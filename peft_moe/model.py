@@ -114,7 +114,8 @@ class MoELoraModel(LoraModel):
             layer = MoELoraLayer(target, self._targets[current_key], current_key, block=parent)
         layer.update_layer(adapter_name, lora_config.r, lora_config.lora_alpha, config=lora_config)
         if adapter_name not in self.active_adapters:
-            for child in layer.projections.values():
+            children: list[Any] = list(layer.projections.values())
+            for child in children:
                 child.set_requires_grad(adapter_name, False)
         if layer is not target:
             layer.train(target.training)
@@ -129,12 +130,12 @@ class MoELoraModel(LoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.get("adapter_names")
-        layers = self.expert_layers if names is not None else []
+        names = list(kwargs.get("adapter_names") or ())
+        layers = self.expert_layers if names else []
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             # A block reads single experts from a list, past any hook on it: the layers are told directly.
             for layer in layers:
-                layer.mixed_batch = list(names)
+                layer.mixed_batch = names
             try:
                 yield
             finally:
@@ -199,7 +200,11 @@ class MoELoraModel(LoraModel):
             layer.check_merge(adapter_names)
         for name, layer in self._stock_layers():
             weight = getattr(layer.get_base_layer(), "weight", None)
-            if not isinstance(weight, Tensor) or not weight.is_floating_point() or not hasattr(layer, "get_delta_weight"):
+            if (
+                not isinstance(weight, Tensor)
+                or not weight.is_floating_point()
+                or not hasattr(layer, "get_delta_weight")
+            ):
                 continue
             for adapter in adapter_names or layer.active_adapters:
                 if adapter in layer.lora_A and not torch.isfinite(weight + layer.get_delta_weight(adapter)).all():
@@ -218,9 +223,7 @@ class MoELoraModel(LoraModel):
             return
         plan = weighting.plan(self, adapters, weights, combination_type, **kwargs)
         with weighting.in_progress(self, plan):
-            super().add_weighted_adapter(
-                adapters, weights, adapter_name, combination_type=combination_type, **kwargs
-            )
+            super().add_weighted_adapter(adapters, weights, adapter_name, combination_type=combination_type, **kwargs)
         for layer in self.expert_layers:
             weighting.combine(layer, adapter_name, plan)
 
@@ -228,7 +231,12 @@ class MoELoraModel(LoraModel):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], unwanted_adapter_names: Any
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: Any,
     ) -> dict[str, Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for key, layer, factor in _expert_tensors(model, adapter_name):
@@ -279,7 +287,9 @@ def _expert_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, 
 
 
 def _no_experts(model: nn.Module) -> str:
-    names = [name for name, _ in model.named_modules() if any(word in name.lower() for word in ("expert", "moe", "mlp"))]
+    names = [
+        name for name, _ in model.named_modules() if any(word in name.lower() for word in ("expert", "moe", "mlp"))
+    ]
     near = ", ".join(names[:6]) or ", ".join(name for name, _ in list(model.named_modules())[1:7])
     return (
         f"{type(model).__name__} has no routed experts that peft-moe knows. Looked for stacked 3-D parameters "

@@ -23,7 +23,8 @@ class AdapterSettings:
         projections: names of the adapted projections.
         experts: indices of the adapted experts, ascending; `None`: all.
         ranks: of each adapted expert; the storage is padded to the largest.
-        alpha, base_scaling: of the first adapted expert.
+        factor: scaling of the first adapted expert, relative to `lora_alpha / r`, the nominal scaling of the adapter
+            (which PEFT's tools read and rescale on every LoRA layer).
         scaling: of each adapted expert, relative to the first; `None` where all are equal.
         dropout, use_dora, split_gate_up, share_experts: as in `MoELoraConfig`.
     """
@@ -31,8 +32,7 @@ class AdapterSettings:
     projections: tuple[str, ...]
     experts: tuple[int, ...] | None
     ranks: tuple[int, ...]
-    alpha: float
-    base_scaling: float
+    factor: float
     scaling: tuple[float, ...] | None
     dropout: float
     use_dora: bool
@@ -45,9 +45,9 @@ class AdapterSettings:
         """The rank of the storage."""
         return max(self.ranks)
 
-    def expert_scaling(self, position: int, base: float | None = None) -> float:
-        """Scaling of the adapted expert at a position, given that of the first (`None`: as configured)."""
-        return (self.base_scaling if base is None else base) * (1.0 if self.scaling is None else self.scaling[position])
+    def expert_scaling(self, position: int, nominal: float) -> float:
+        """Scaling of the adapted expert at a position, given the nominal scaling of the adapter."""
+        return nominal * self.factor * (1.0 if self.scaling is None else self.scaling[position])
 
     def slots(self, projection: ProjectionSpec) -> tuple[str, ...]:
         """The parameter groups of a projection: itself, or gate and up apart."""
@@ -86,6 +86,11 @@ def layer_number(name: str) -> int | None:
     """The layer of a module path, its first number: `model.layers.3.mlp.experts` -> 3."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found.group(1)) if found else None
+
+
+def nominal_scaling(config: MoELoraConfig) -> float:
+    """`lora_alpha / r`, or over the square root of r: what the linears of the adapter scale by."""
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
 
 def adapted_experts(config: MoELoraConfig, spec: ExpertsSpec, name: str) -> tuple[int, ...] | None:
@@ -136,13 +141,18 @@ def resolve(config: MoELoraConfig, spec: ExpertsSpec, name: str) -> AdapterSetti
         )
     uniform = len(set(scaling)) == 1
     if not uniform and 0 in scaling:
-        raise ValueError(f"MoELoraConfig: alphas of {name} mix zero with other values; leave those experts out instead.")
+        raise ValueError(
+            f"MoELoraConfig: the alphas of {name} mix zero with other values; leave those experts out with "
+            "`expert_indices` instead."
+        )
+    nominal = nominal_scaling(config)
+    if not nominal and scaling[0]:
+        raise ValueError("MoELoraConfig: `lora_alpha=0` leaves nothing to scale experts by; set `expert_alpha=0` too.")
     return AdapterSettings(
         projections=targeted_projections(config, spec),
         experts=experts,
         ranks=tuple(ranks),
-        alpha=alphas[0],
-        base_scaling=scaling[0],
+        factor=scaling[0] / nominal if nominal else 1.0,
         scaling=None if uniform else tuple(value / scaling[0] for value in scaling),
         dropout=config.lora_dropout,
         use_dora=config.use_dora,

@@ -1,7 +1,7 @@
 """The native format: contiguous-r tensors under the names of the model.
 
-One tensor pair a projection, `lora_A (E', r, in)` and `lora_B (E', out, r)`. Where the experts of a projection differ in
-rank nothing of the padding is written: the rows of all experts follow each other, `lora_A (sum of r, in)` and
+One tensor pair a projection, `lora_A (E', r, in)` and `lora_B (E', out, r)`. Where the experts of a projection differ
+in rank nothing of the padding is written: the rows of all experts follow each other, `lora_A (sum of r, in)` and
 `lora_B (sum of r, out)`.
 
 Names are those of the model the adapter was trained on. They are read on any layout of the same model: what differs
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 _BLOCK_NAMES = re.compile(r"\.(mlp|block_sparse_moe|feed_forward|ffn|mixer|moe|feedforward)\.")
-_PARALLEL_LINEARS = re.compile(r"\.(experts\.)?(input_linear|output_linear|fc1|fc2)\.(gate_up_proj|up_proj|gate_proj|down_proj)\.")
-EXPERT_KEY = re.compile(r"\.(gate_up_proj|gate_proj|up_proj|down_proj)\.(lora_A|lora_B|lora_magnitude_vector)$")
+_SLOTS = "gate_up_proj|gate_proj|up_proj|down_proj"
+_PARALLEL_LINEARS = re.compile(rf"\.(experts\.)?(input_linear|output_linear|fc1|fc2)\.({_SLOTS})\.")
+EXPERT_KEY = re.compile(rf"\.({_SLOTS})\.(lora_A|lora_B|lora_magnitude_vector)$")
 
 
 def canonical(key: str) -> str:
@@ -96,7 +97,5 @@ def match(found: Iterable[str], expected: Iterable[str], adapter: str) -> dict[s
     expected = list(expected)
     by_canonical = {canonical(key): key for key in expected}
     files = {canonical(key): key for key in found}
-    check_keys(
-        [by_canonical.get(name, key) for name, key in files.items()], by_canonical.values(), adapter
-    )
+    check_keys([by_canonical.get(name, key) for name, key in files.items()], by_canonical.values(), adapter)
     return {by_canonical[name]: key for name, key in files.items()}

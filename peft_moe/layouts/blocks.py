@@ -16,7 +16,7 @@ from torch import nn
 
 from . import blocks_native as native
 from . import blocks_stacked as stacked
-from .blocks_common import BlockForward
+from .blocks_common import Block, BlockForward
 from .blocks_experts import ExpertForm, expert_activation, expert_form, expert_leaf_names, mlp_experts
 from .blocks_remote import is_moe_infer_block, moe_infer_forward
 from .spec import RunExperts
@@ -39,22 +39,22 @@ class _Known:
     forward: BlockForward
     modules: tuple[str, ...]
     settings: tuple[str, ...] = ()
-    experts: Callable[[nn.Module], bool] = lambda block: mlp_experts(getattr(block, "experts", None)) > 0
+    experts: Callable[[Block], bool] = lambda block: mlp_experts(getattr(block, "experts", None)) > 0
 
 
-def _longcat_experts(block: nn.Module) -> bool:
+def _longcat_experts(block: Block) -> bool:
     """The MLPs come first, as many as the config says, and only identities follow."""
     return mlp_experts(getattr(block, "experts", None), identities=True) == block.config.n_routed_experts
 
 
-def _granite_experts(block: nn.Module) -> bool:
+def _granite_experts(block: Block) -> bool:
     """Both projections are stacks, and the router has the parts from which the choice is computed."""
     router = block.router
     stacks = all(getattr(linear.weight, "ndim", 0) == 3 for linear in (block.input_linear, block.output_linear))
     return stacks and isinstance(getattr(router, "layer", None), nn.Module) and hasattr(router, "top_k")
 
 
-def _aria_experts(block: nn.Module) -> bool:
+def _aria_experts(block: Block) -> bool:
     """The experts are the pair of stacks `fc1`, `fc2`, and the router is a bare linear."""
     parts = [getattr(block.experts, name, None) for name in ("fc1", "fc2")]
     return all(isinstance(part, nn.Module) for part in parts) and hasattr(block.router, "out_features")

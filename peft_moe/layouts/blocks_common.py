@@ -11,6 +11,9 @@ from torch import Tensor
 #: `forward(block, run_experts, *args, **kwargs)`: what `block.forward(*args, **kwargs)` returns.
 BlockForward = Callable[..., Any]
 
+#: A block of a known class: `find_block_forward` has checked its attributes, of which types know nothing.
+Block = Any
+
 
 def linear_output_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a linear on `x` answers: the autocast dtype inside `torch.autocast`, else that of `x`."""

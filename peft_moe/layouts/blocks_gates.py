@@ -40,14 +40,18 @@ def call_gate(gate: nn.Module, *args: Any, **kwargs: Any) -> Any:
     # Gates that know several methods refuse to train with `noaux_tc` alone and have a training mode for the others.
     refuses = traits.asserts_inference and getattr(gate, "topk_method", "noaux_tc") == "noaux_tc"
     call = _in_inference_mode if gate.training and refuses else _as_it_is
-    if traits.updates_in_place and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if traits.updates_in_place and torch.is_grad_enabled():
         with _FreshScores():
             return call(gate, args, kwargs)
     return call(gate, args, kwargs)
 
 
+@torch.compiler.assume_constant_result
 def gate_traits(cls: type) -> _Traits:
-    """What the forward of this class of gates does that stands in the way of training; read from its code once."""
+    """What the forward of this class of gates does that stands in the way of training; read from its code once.
+
+    `torch.compile` takes the answer for a constant instead of following how it is found.
+    """
     if cls not in _traits:
         forward = plain_function(cls, "forward")
         asserts, in_place = False, False
@@ -97,7 +101,7 @@ def _in_inference_mode(gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _has_assert(function: FunctionType) -> bool:
-    return any(
+    return "AssertionError" in code_names(function.__code__) or any(
         instruction.opname == "LOAD_ASSERTION_ERROR" or instruction.argval is AssertionError
         for instruction in dis.get_instructions(function)
     )

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .blocks_common import linear_output_dtype, sum_dtype
+from .blocks_common import Block, linear_output_dtype, sum_dtype
 from .spec import RunExperts
 
 
@@ -30,7 +30,7 @@ def _jitter_(hidden_states: Tensor, noise: float) -> None:
     hidden_states *= torch.empty_like(hidden_states).uniform_(1.0 - noise, 1.0 + noise)
 
 
-def mixtral_forward(block: nn.Module, run_experts: RunExperts, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+def mixtral_forward(block: Block, run_experts: RunExperts, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """Mixtral, MiniMax: input jitter, softmax top-k always renormalised. Returns `(B, S, H)`, logits `(T, E)`."""
     shape = hidden_states.shape
     if block.training and block.jitter_noise > 0:
@@ -41,7 +41,7 @@ def mixtral_forward(block: nn.Module, run_experts: RunExperts, hidden_states: Te
     return run_experts(x, idx, weights).reshape(shape), logits
 
 
-def qwen_moe_forward(block: nn.Module, run_experts: RunExperts, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+def qwen_moe_forward(block: Block, run_experts: RunExperts, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """Qwen3-MoE, Qwen3-Omni thinker, OLMoE, FlexOlmo: softmax top-k, renormalised where the block says so.
 
     Returns `(B, S, H)`, logits `(T, E)`.
@@ -53,7 +53,7 @@ def qwen_moe_forward(block: nn.Module, run_experts: RunExperts, hidden_states: T
     return run_experts(x, idx, weights).reshape(shape), logits
 
 
-def qwen_moe_shared_forward(block: nn.Module, run_experts: RunExperts, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+def qwen_moe_shared_forward(block: Block, run_experts: RunExperts, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """Qwen2-MoE, Qwen3-Next, Qwen3-Omni talker: as Qwen3-MoE, plus one shared expert behind a sigmoid gate.
 
     Returns `(B, S, H)`, logits `(T, E)`.
@@ -68,7 +68,7 @@ def qwen_moe_shared_forward(block: nn.Module, run_experts: RunExperts, hidden_st
     return (routed + shared).reshape(shape), logits
 
 
-def jamba_forward(block: nn.Module, run_experts: RunExperts, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+def jamba_forward(block: Block, run_experts: RunExperts, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """Jamba: softmax top-k, never renormalised, the router is `block.router`. Returns `(B, S, H)`, logits `(T, E)`."""
     shape = hidden_states.shape
     x = hidden_states.reshape(-1, shape[-1])
@@ -77,7 +77,7 @@ def jamba_forward(block: nn.Module, run_experts: RunExperts, hidden_states: Tens
     return run_experts(x, idx, weights).reshape(shape), logits
 
 
-def phimoe_forward(block: nn.Module, run_experts: RunExperts, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+def phimoe_forward(block: Block, run_experts: RunExperts, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """PhiMoE: input jitter, then sparsemixer (which samples in training). Returns `(B, S, H)`, logits `(T, E)`."""
     from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
@@ -90,7 +90,7 @@ def phimoe_forward(block: nn.Module, run_experts: RunExperts, hidden_states: Ten
     return run_experts(x, idx, weights).reshape(shape), logits
 
 
-def ernie_forward(block: nn.Module, run_experts: RunExperts, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+def ernie_forward(block: Block, run_experts: RunExperts, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """Ernie 4.5: fp32 router outside autocast, correction bias for the choice only, clamped renormalisation.
 
     Returns `(B, S, H)`, logits `(T, E)` in fp32.
@@ -112,7 +112,7 @@ def ernie_forward(block: nn.Module, run_experts: RunExperts, hidden_states: Tens
     return routed.reshape(shape), logits
 
 
-def hunyuan_forward(block: nn.Module, run_experts: RunExperts, hidden_states: Tensor) -> Tensor:
+def hunyuan_forward(block: Block, run_experts: RunExperts, hidden_states: Tensor) -> Tensor:
     """HunYuan V1: shared MLP beside a renormalised softmax top-k; its gate takes `(B, S, H)`. Returns `(B, S, H)`."""
     shape = hidden_states.shape
     shared = block.shared_mlp(hidden_states)
@@ -122,7 +122,7 @@ def hunyuan_forward(block: nn.Module, run_experts: RunExperts, hidden_states: Te
     return run_experts(x, idx, weights).reshape(shape) + shared
 
 
-def deepseek_v2_forward(block: nn.Module, run_experts: RunExperts, hidden_states: Tensor) -> Tensor:
+def deepseek_v2_forward(block: Block, run_experts: RunExperts, hidden_states: Tensor) -> Tensor:
     """DeepSeek-V2: the weighted sum in the weights' dtype, rounded to the experts' own output dtype.
 
     Returns `(B, S, H)`.
@@ -134,7 +134,7 @@ def deepseek_v2_forward(block: nn.Module, run_experts: RunExperts, hidden_states
     return routed.reshape(shape) + block.shared_experts(hidden_states)
 
 
-def deepseek_v3_forward(block: nn.Module, run_experts: RunExperts, hidden_states: Tensor) -> Tensor:
+def deepseek_v3_forward(block: Block, run_experts: RunExperts, hidden_states: Tensor) -> Tensor:
     """DeepSeek-V3, dots.llm1, GLM-4-MoE, GLM-4V-MoE: accumulation in the weights' dtype. Returns `(B, S, H)`."""
     shape = hidden_states.shape
     idx, weights = block.gate(hidden_states)
@@ -143,7 +143,7 @@ def deepseek_v3_forward(block: nn.Module, run_experts: RunExperts, hidden_states
     return routed.reshape(shape) + block.shared_experts(hidden_states)
 
 
-def longcat_forward(block: nn.Module, run_experts: RunExperts, hidden_states: Tensor) -> Tensor:
+def longcat_forward(block: Block, run_experts: RunExperts, hidden_states: Tensor) -> Tensor:
     """LongCat-Flash: indices past the MLP experts are identities, whose contribution is `w * x`. Returns `(B, S, H)`.
 
     `run_experts` sees the MLP experts alone: an identity's index becomes the index that means "no expert".

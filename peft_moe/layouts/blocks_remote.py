@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .blocks_common import linear_output_dtype, sum_dtype
+from .blocks_common import Block, linear_output_dtype, sum_dtype
 from .blocks_experts import mlp_experts
-from .blocks_gates import call_gate, code_names, gate_traits, plain_function
+from .blocks_gates import call_gate, code_names, plain_function
 from .spec import RunExperts
 
 _TENSOR_NAMES = frozenset(
@@ -51,7 +51,6 @@ def is_moe_infer_block(block: nn.Module) -> bool:
         return False
     if _required_parameters(forward) != 2 or _required_parameters(infer) != 4 or _named_parameters(infer) != 4:
         return False
-    gate_traits(type(gate))  # read now: a compiled forward only looks it up
     forward_names, infer_names = code_names(forward.__code__), code_names(infer.__code__)
     return (
         {"gate", "moe_infer"} <= forward_names <= _FORWARD_NAMES
@@ -75,7 +74,7 @@ class _InferenceView:
 
     training = False
 
-    def __init__(self, block: nn.Module, run_experts: RunExperts):
+    def __init__(self, block: Block, run_experts: RunExperts):
         self._block = block
         self._run_experts = run_experts
 

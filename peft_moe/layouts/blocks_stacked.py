@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .blocks_common import linear_output_dtype, sum_dtype
+from .blocks_common import Block, linear_output_dtype, sum_dtype
 from .spec import RunExperts
 
 
-def granite_moe_forward(block: nn.Module, run_experts: RunExperts, layer_input: Tensor) -> tuple[Tensor, Tensor]:
+def granite_moe_forward(block: Block, run_experts: RunExperts, layer_input: Tensor) -> tuple[Tensor, Tensor]:
     """GraniteMoE, its shared and hybrid relatives: top-k of the logits, then softmax over the k.
 
     Returns `(B, S, H)`, logits `(T, E)` in fp32.
@@ -32,7 +32,7 @@ def granite_moe_forward(block: nn.Module, run_experts: RunExperts, layer_input: 
     return run_experts(x, idx, weights, accumulate_dtype=accumulate).reshape(shape), logits
 
 
-def aria_forward(block: nn.Module, run_experts: RunExperts, hidden_states: Tensor) -> Tensor:
+def aria_forward(block: Block, run_experts: RunExperts, hidden_states: Tensor) -> Tensor:
     """Aria: top-k of the logits, softmax over the k in their dtype, shared experts. Returns `(B, S, H)`."""
     shape = hidden_states.shape
     x = hidden_states.reshape(-1, shape[-1])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Runner(Protocol):
@@ -23,7 +23,7 @@ class Runner(Protocol):
         """`(S, in)` rows sorted by expert, `(E,)` int32 ends -> `(S, out)` of the module's only projection."""
 
 
-def tokens_index_weights(base: nn.Module, runner: Runner, *args: Any, **kwargs: Any) -> Tensor:
+def tokens_index_weights(base: Any, runner: Runner, *args: Any, **kwargs: Any) -> Tensor:
     """`(hidden_states, top_k_index, top_k_weights)`, under any names; hidden states of 2 or 3 dimensions."""
     hidden, index, weights = _three(args, kwargs)
     out = runner.run_experts(hidden.reshape(-1, hidden.shape[-1]), index, weights)
@@ -50,7 +50,7 @@ def _three(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tenso
     return hidden, integers[0], floats[0]
 
 
-def tokens_scattered_weights(base: nn.Module, runner: Runner, *args: Any, **kwargs: Any) -> Tensor:
+def tokens_scattered_weights(base: Any, runner: Runner, *args: Any, **kwargs: Any) -> Tensor:
     """As above with weights `(T, E)`, zero where not chosen (stacked experts of transformers 4)."""
     hidden, index, weights = _three(args, kwargs)
     chosen = weights.gather(1, index.clamp(max=weights.shape[1] - 1))
@@ -58,14 +58,12 @@ def tokens_scattered_weights(base: nn.Module, runner: Runner, *args: Any, **kwar
     return out.view(hidden.shape[0], -1, hidden.shape[-1])
 
 
-def dbrx_4(
-    base: nn.Module, runner: Runner, x: Tensor, weights: Tensor, top_weights: Tensor, top_experts: Tensor
-) -> Tensor:
+def dbrx_4(base: Any, runner: Runner, x: Tensor, weights: Tensor, top_weights: Tensor, top_experts: Tensor) -> Tensor:
     """DBRX of transformers 4: `weights` (all of them) is unused by the base too."""
     return runner.run_experts(x.reshape(-1, x.shape[-1]), top_experts, top_weights).view(x.shape)
 
 
-def every_expert_dense(base: nn.Module, runner: Runner, hidden_states: Tensor) -> Tensor:
+def every_expert_dense(base: Any, runner: Runner, hidden_states: Tensor) -> Tensor:
     """Llama4: `(E * T, H)`, every expert's copy of all tokens, already multiplied by the router's scores."""
     experts = base.gate_up_proj.shape[0]
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -74,7 +72,7 @@ def every_expert_dense(base: nn.Module, runner: Runner, hidden_states: Tensor) -
 
 
 def identity_experts(
-    base: nn.Module, runner: Runner, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    base: Any, runner: Runner, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """LongcatFlash: indices past the routed experts mean the identity, `w * x`."""
     experts = base.down_proj.shape[0]
@@ -85,7 +83,7 @@ def identity_experts(
     return out + (hidden_states * kept).to(out.dtype)
 
 
-def sorted_rows(base: nn.Module, runner: Runner, rows: Tensor, counts: Any) -> Tensor:
+def sorted_rows(base: Any, runner: Runner, rows: Tensor, counts: Any) -> Tensor:
     """Parallel linears: rows sorted by expert and how many each expert has (a list, or a tensor)."""
     counts = torch.as_tensor(counts, device=rows.device)
     return runner.run_projection(rows, counts.cumsum(0).to(torch.int32))

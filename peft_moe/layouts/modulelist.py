@@ -6,6 +6,9 @@ where they stand, one by one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..ops.activation import SILU_GATED
@@ -14,20 +17,22 @@ from .spec import ExpertsSpec, Part, ProjectionSpec
 from .stacked import is_silu
 
 
-def _first_expert(base: nn.Module) -> nn.Module:
-    return next(iter(base.children()))
+def _activation(base: nn.Module) -> Callable[[Tensor], Tensor]:
+    found = expert_activation(next(iter(base.children())))
+    assert found is not None  # a block whose experts have none is not run grouped
+    return found
 
 
 def _gated(base: nn.Module, pre: Tensor) -> Tensor:
     gate, up = pre.chunk(2, dim=-1)
-    return expert_activation(_first_expert(base))(gate) * up
+    return _activation(base)(gate) * up
 
 
 def _ungated(base: nn.Module, pre: Tensor) -> Tensor:
-    return expert_activation(_first_expert(base))(pre)
+    return _activation(base)(pre)
 
 
-def _linear_shape(linear: nn.Module) -> tuple[int, int]:
+def _linear_shape(linear: Any) -> tuple[int, int]:
     return linear.out_features, linear.in_features
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 TARGETS = ("gate_up_proj", "down_proj")
 
@@ -92,7 +92,7 @@ class ExpertsSpec:
     num_experts: int
     projections: tuple[ProjectionSpec, ...]
     call: Callable[..., Any] | None
-    activation: Callable[[nn.Module, Tensor], Tensor] | None = None
+    activation: Callable[[Any, Tensor], Tensor] | None = None
     closed_form: str | None = None
     post_norm: str | None = None
     experts: tuple[str, ...] = ()

@@ -28,25 +28,25 @@ def _is_stack(tensor: object, dims: int = 3) -> bool:
 # --- activations, each `(base, pre) -> hidden` ---------------------------------------------------------------------
 
 
-def _own_gate(base: nn.Module, pre: Tensor) -> Tensor:
+def _own_gate(base: Any, pre: Tensor) -> Tensor:
     return base._apply_gate(pre)
 
 
-def _ungated(base: nn.Module, pre: Tensor) -> Tensor:
+def _ungated(base: Any, pre: Tensor) -> Tensor:
     return base.act_fn(pre)
 
 
-def _gated(base: nn.Module, pre: Tensor) -> Tensor:
+def _gated(base: Any, pre: Tensor) -> Tensor:
     gate, up = pre.chunk(2, dim=-1)
     return base.act_fn(gate) * up
 
 
-def _dbrx_gate(base: nn.Module, pre: Tensor) -> Tensor:
+def _dbrx_gate(base: Any, pre: Tensor) -> Tensor:
     gate, up = pre.chunk(2, dim=-1)
     return base.mlp.activation_fn(gate) * up
 
 
-def _gpt_oss_gate(base: nn.Module, pre: Tensor) -> Tensor:
+def _gpt_oss_gate(base: Any, pre: Tensor) -> Tensor:
     """Of transformers 4, which has it inline: interleaved, clamped, `(up + 1) * gate * sigmoid(alpha * gate)`."""
     gate, up = pre[..., ::2].clamp(max=base.limit), pre[..., 1::2].clamp(min=-base.limit, max=base.limit)
     return (up + 1) * gate * torch.sigmoid(gate * base.alpha)
@@ -57,7 +57,7 @@ def is_silu(activation: object) -> bool:
     return type(activation).__name__ in ("SiLU", "SiLUActivation") or activation is torch.nn.functional.silu
 
 
-def _default_gate(base: nn.Module) -> bool:
+def _default_gate(base: Any) -> bool:
     """Whether the class leaves `_apply_gate` as the interface provides it (`act_fn(gate) * up`)."""
     return getattr(type(base)._apply_gate, "__module__", "") == "transformers.integrations.moe"
 
@@ -66,7 +66,7 @@ def _default_gate(base: nn.Module) -> bool:
 
 
 def _two_projections(
-    base: nn.Module, *, first: str, transposed: bool, gate: str | None, bias: bool
+    base: Any, *, first: str, transposed: bool, gate: str | None, bias: bool
 ) -> tuple[ProjectionSpec, ProjectionSpec]:
     up, down = getattr(base, first), base.down_proj
     out_axis, in_axis = (2, 1) if transposed else (1, 2)
@@ -82,7 +82,7 @@ def _two_projections(
     )  # fmt: skip
 
 
-def _interface(base: nn.Module) -> ExpertsSpec | None:
+def _interface(base: Any) -> ExpertsSpec | None:
     if not all(hasattr(base, flag) for flag in _INTERFACE_FLAGS):
         return None
     first = "gate_up_proj" if base.has_gate else "up_proj"
@@ -94,9 +94,7 @@ def _interface(base: nn.Module) -> ExpertsSpec | None:
     closed = base.has_gate and _default_gate(base) and is_silu(getattr(base, "act_fn", None))
     return ExpertsSpec(
         num_experts=base.down_proj.shape[0],
-        projections=_two_projections(
-            base, first=first, transposed=base.is_transposed, gate=gate, bias=base.has_bias
-        ),
+        projections=_two_projections(base, first=first, transposed=base.is_transposed, gate=gate, bias=base.has_bias),
         call=calls.tokens_index_weights,
         activation=_own_gate if base.has_gate else _ungated,
         closed_form=SILU_GATED if closed else None,
@@ -107,11 +105,11 @@ def _interface(base: nn.Module) -> ExpertsSpec | None:
 
 
 def _plain(
-    transposed: bool, call: Callable[..., Any], activation: Callable[[nn.Module, Tensor], Tensor], **extra: Any
-) -> Callable[[nn.Module], ExpertsSpec]:
+    transposed: bool, call: Callable[..., Any], activation: Callable[[Any, Tensor], Tensor], **extra: Any
+) -> Callable[[Any], ExpertsSpec]:
     """The layout of a class outside the interface with parameters `gate_up_proj` and `down_proj`."""
 
-    def describe(base: nn.Module) -> ExpertsSpec:
+    def describe(base: Any) -> ExpertsSpec:
         closed = activation is _gated and is_silu(getattr(base, "act_fn", None))
         gate = extra.get("gate", "concatenated")
         return ExpertsSpec(
@@ -128,7 +126,7 @@ def _plain(
     return describe
 
 
-def _dbrx(base: nn.Module) -> ExpertsSpec:
+def _dbrx(base: Any) -> ExpertsSpec:
     experts = getattr(base, "num_experts", None) or base.moe_num_experts
     inner, hidden = base.mlp.w1.shape[0] // experts, base.mlp.w1.shape[1]
     versions = {"top_k_index": calls.tokens_index_weights, "top_experts": calls.dbrx_4}
@@ -148,10 +146,10 @@ def _dbrx(base: nn.Module) -> ExpertsSpec:
     )  # fmt: skip
 
 
-def _parallel_linear(transposed: bool) -> Callable[[nn.Module], ExpertsSpec]:
+def _parallel_linear(transposed: bool) -> Callable[[Any], ExpertsSpec]:
     """One projection of all experts as a module of its own, called with sorted rows and a count per expert."""
 
-    def describe(base: nn.Module) -> ExpertsSpec:
+    def describe(base: Any) -> ExpertsSpec:
         out_axis, in_axis = (2, 1) if transposed else (1, 2)
         shape = base.weight.shape
         projection = ProjectionSpec(
@@ -162,7 +160,7 @@ def _parallel_linear(transposed: bool) -> Callable[[nn.Module], ExpertsSpec]:
     return describe
 
 
-_BY_CLASS: dict[str, Callable[[nn.Module], ExpertsSpec]] = {
+_BY_CLASS: dict[str, Callable[[Any], ExpertsSpec]] = {
     "Llama4TextExperts": _plain(True, calls.every_expert_dense, _gated),
     "LongcatFlashExperts": _plain(False, calls.identity_experts, _gated),
     "Step3p7Experts": _plain(False, calls.tokens_index_weights, _own_gate),

@@ -119,7 +119,12 @@ class _ExpertMLP(torch.autograd.Function):
         down_weight = ctx.build_down() if down_weight is None else down_weight
         d_hidden = grouped_mm(d_rows, down_weight, offsets, backend)
         del down_weight
-        d_down_a = d_down_b = d_up_a = d_up_b = d_weights = d_x = None
+        d_down_a: Tensor | None = None
+        d_down_b: Tensor | None = None
+        d_up_a: Tensor | None = None
+        d_up_b: Tensor | None = None
+        d_weights: Tensor | None = None
+        d_x: Tensor | None = None
         if down_a is not None:
             d_low = grouped_mm(d_rows, down_b, offsets, backend)
             d_hidden = d_hidden + grouped_mm(d_low, down_a, offsets, backend)
@@ -138,7 +143,7 @@ class _ExpertMLP(torch.autograd.Function):
         if need_x or need_up:
             d_pre = activate_backward(ctx.activation, pre, (d_hidden * row_weight).to(dtype))
             del d_hidden
-            d_low = None
+            d_low = None  # type: ignore[assignment]
             if up_a is not None:
                 d_low = grouped_mm(d_pre, up_b, offsets, backend)
                 if ctx.needs_input_grad[5]:

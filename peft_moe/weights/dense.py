@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.linear import FrozenStack
+
 DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def parameter_at(module: nn.Module, path: str) -> Tensor:
+def parameter_at(module: nn.Module, path: str) -> Any:
     """The parameter at a dotted path below a module, `mlp.w1`."""
     owner, _, name = path.rpartition(".")
     return getattr(module.get_submodule(owner) if owner else module, name)
@@ -121,7 +124,7 @@ class DenseStack(_Dense):
         stacks = self._stacks()
         return stacks[0] if len(stacks) == 1 else torch.cat(stacks, dim=1)
 
-    def frozen(self) -> Tensor | object:
+    def frozen(self) -> FrozenStack:
         return self.build() if len(self.parts) == 1 else self.build
 
 
@@ -137,7 +140,7 @@ class ModuleStack(_Dense):
         shape: `(E, out, in)`. path: of the experts module, for errors.
     """
 
-    def __init__(self, linears: Sequence[Sequence[nn.Module]], shape: tuple[int, int, int], path: str) -> None:
+    def __init__(self, linears: Sequence[Sequence[Any]], shape: tuple[int, int, int], path: str) -> None:
         self.linears, self.shape = [list(expert) for expert in linears], shape
         self.stack: Tensor | None = None
         for expert, modules in enumerate(self.linears):

@@ -138,7 +138,13 @@ CASES = [
     ),
     Case("granitemoe", "GraniteMoeMoE", "GraniteMoeConfig", _LOCAL, router="router"),
     Case("granitemoeshared", "GraniteMoeSharedMoE", "GraniteMoeSharedConfig", _LOCAL, router="router"),
-    Case("granitemoehybrid", "GraniteMoeHybridMoE", "GraniteMoeHybridConfig", {**_LOCAL, "mamba_n_heads": 4}, router="router"),
+    Case(
+        "granitemoehybrid",
+        "GraniteMoeHybridMoE",
+        "GraniteMoeHybridConfig",
+        {**_LOCAL, "mamba_n_heads": 4},
+        router="router",
+    ),
     Case(
         "aria",
         "AriaTextMoELayer",

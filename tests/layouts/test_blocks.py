@@ -71,7 +71,9 @@ def compare(block: nn.Module, case: Case) -> dict[str, Any]:
         if theirs is None:
             assert ours is None or not ours.any(), f"{name} has a gradient that the original does not give"
         else:
-            assert_close(torch.zeros_like(theirs) if ours is None else ours, theirs, **exact, msg=lambda m, n=name: n + m)
+            assert_close(
+                torch.zeros_like(theirs) if ours is None else ours, theirs, **exact, msg=lambda m, n=name: n + m
+            )
     return got
 
 
@@ -99,15 +101,15 @@ def test_jitter(case: Case) -> None:
 @old
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_low_precision(case: Case, dtype: torch.dtype) -> None:
+    """The same bits: each step is in the original's dtype, the sum over the experts above all."""
     block = case.build().to(dtype)
     for name in getattr(block, "keep_in_fp32", ()):
         getattr(block, name).float()
-    x = tokens().to(dtype)
+    x = tokens(2, 40).to(dtype)
     with torch.no_grad():
         want, got = leaves(block(x)), leaves(find_block_forward(block)(block, by_loop(block), x))
     assert [(t.dtype, t.shape) for t in got] == [(t.dtype, t.shape) for t in want]
-    assert cosine_similarity(got[0].float().flatten(), want[0].float().flatten(), dim=0) > 0.9999
-    assert all(torch.equal(a, b) for a, b in zip(got[1:], want[1:], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @old
@@ -130,10 +132,9 @@ def test_autocast(case: Case, dtype: torch.dtype) -> None:
 
 
 @old
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_compiles_whole(case: Case, training: bool) -> None:
+def test_compiles_whole(case: Case) -> None:
     """One graph: no loop over experts that depends on the routing, nothing read back from the device."""
-    block = case.build().train(training)
+    block = case.build().train()
     forward, experts = find_block_forward(block), by_mask(block)
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: forward(block, experts, x), fullgraph=True, backend="aot_eager")
@@ -188,7 +189,7 @@ def test_blocks_of_transformers_5_are_not_taken(case: Case | None) -> None:
 
 @old
 def test_look_alikes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A subclass elsewhere, a class that merely has the name, a forward replaced on the class, a part that is missing."""
+    """A subclass elsewhere, a namesake of the module only, a forward replaced on the class, a part that is missing."""
     block = case.build()
     cls = type(block)
     assert find_block_forward(block) is not None

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from peft_moe.layouts import blocks_gates
 from peft_moe.layouts.blocks import find_block_forward
 from tests.remote_code import BailingBlock, DeepseekBlock, KimiBlock, RemoteConfig, RemoteForCausalLM
 from tests.remote_code.lookalikes import REFUSED
@@ -163,6 +164,7 @@ def test_compiles_whole(name: str, training: bool) -> None:
     block = build(name).train(training)
     forward, experts = find_block_forward(block), by_mask(block)
     torch._dynamo.reset()
+    blocks_gates._traits.clear()  # as in a process that was handed the forward and never looked for it
     compiled = torch.compile(lambda x: hidden(forward(block, experts, x)), fullgraph=True, backend="aot_eager")
     grads, outputs = [], []
     for function in (compiled, lambda x: hidden(forward(block, experts, x))):

@@ -113,4 +113,4 @@ class KimiBlock(nn.Module):
         back = torch.empty_like(outs)
         back[order] = outs
         back = back.view(*topk_ids.shape, -1).type(topk_weight.dtype).mul_(topk_weight.unsqueeze(dim=-1))
-        return back.sum(dim=1).type(x.dtype)
+        return back.sum(dim=1).type(outs.dtype)
