@@ -14,7 +14,7 @@ from .settings import AdapterSettings
 class ProjectionAdapter(nn.Module, BaseTunerLayer):
     """The parameters of all adapters on one projection (or on its gate or up half).
 
-    `lora_A[name]` `(E', r, in)`, `lora_B[name]` `(E', out, r)`, `lora_magnitude_vector[name]` `(E', out)` with DoRA.
+    Shapes: see `AdapterSettings.shapes`.
     The layer that holds it computes; this module only keeps the parameters where PEFT looks for them.
     """
 
@@ -43,6 +43,18 @@ class ProjectionAdapter(nn.Module, BaseTunerLayer):
         return "; ".join(shapes)
 
 
+def pad(packed: Tensor, settings: AdapterSettings) -> Tensor:
+    """`(sum of r, N)` of ragged experts -> `(E', rank, N)`, zeros beyond each expert's rank. Differentiable."""
+    zeros = packed.new_zeros(len(settings.ranks) * settings.rank, packed.shape[1])
+    filled = zeros.index_copy(0, settings.constant("rows", packed.device), packed)
+    return filled.view(len(settings.ranks), settings.rank, packed.shape[1])
+
+
+def pack(padded: Tensor, settings: AdapterSettings) -> Tensor:
+    """`(E', rank, N)` -> `(sum of r, N)`: the inverse of `pad`."""
+    return padded.flatten(0, 1)[settings.constant("rows", padded.device)]
+
+
 def slot_factors(
     adapter: ProjectionAdapter, name: str, settings: AdapterSettings, scaling: float
 ) -> tuple[Tensor, Tensor]:
@@ -51,13 +63,11 @@ def slot_factors(
     Args: scaling: the nominal one of the adapter; that of each expert is relative to it.
     """
     a, b = adapter.lora_A[name], adapter.lora_B[name]
-    if a.dim() != 3 or b.dim() != 3:
-        raise ValueError(
-            f"adapter {name!r} has factors of shape {tuple(a.shape)} and {tuple(b.shape)}, expected 3 dimensions: an "
-            "adapter whose experts differ in rank cannot be hot-swapped in. Load it with `load_adapter`."
-        )
-    experts = max(a.shape[0], b.shape[0], len(settings.ranks))
-    a, b = (factor.expand(experts, -1, -1) for factor in (a, b))
+    if settings.ragged:
+        a, b = pad(a, settings), pad(b, settings).transpose(1, 2)
+    else:
+        experts = max(a.shape[0], b.shape[0], len(settings.ranks))
+        a, b = (factor.expand(experts, -1, -1) for factor in (a, b))
     if scaling * settings.factor != 1.0:
         b = b * (scaling * settings.factor)
     if settings.scaling is not None:

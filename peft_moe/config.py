@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from .checkpoint.files import read_shapes
 from .layouts import TARGETS
 from .ops.grouped import BACKENDS
 from .registration import peft_type
@@ -106,6 +109,7 @@ class MoELoraConfig(LoraConfig):
     layout: str = field(default=LAYOUT, metadata={"help": "Layout of the saved tensors."})
 
     def __post_init__(self) -> None:
+        self.file_shapes: dict[str, tuple[int, ...]] | None = None  # no field: not saved
         super().__post_init__()
         self.peft_type = peft_type()
         self._check_format()
@@ -126,6 +130,18 @@ class MoELoraConfig(LoraConfig):
             _fail("dequantize", self.dequantize, "is unknown; expected 'recompute' or 'cache'")
         if self.target_experts:
             self._refuse_what_cannot_hold()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """See PEFT. Reads the header of the tensors beside the config too, where they are local.
+
+        What does not fit can then be refused before the model is touched.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        file = os.path.join(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if isinstance(config, cls) and os.path.isfile(file):
+            config.file_shapes = read_shapes(file)
+        return config
 
     # --- checks --------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import forward, initialisation, merging
-from .adapter import ProjectionAdapter
+from .adapter import ProjectionAdapter, pack
 from .binding import BlockForward, LinearHook, hook_linears
 from .compat import LoraLayer, check_adapters_to_merge, onload
 from .config import MoELoraConfig
@@ -29,6 +29,13 @@ def open_store(base: nn.Module, spec: ExpertsSpec, projection: ProjectionSpec, n
         for expert in spec.experts
     ]
     return ModuleStack(linears, shape, name)
+
+
+def _parameters_are_created_on_meta() -> bool:
+    """Whether `low_cpu_mem_usage` is on: parameters land on the meta device, their values come from a checkpoint."""
+    probe = nn.Module()
+    probe.parameter = nn.Parameter(torch.empty(0))
+    return probe.parameter.device.type == "meta"
 
 
 class MoELoraLayer(nn.Module, LoraLayer):
@@ -158,29 +165,29 @@ class MoELoraLayer(nn.Module, LoraLayer):
     ) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
         store, experts = self.stores[projection.name], settings.adapted(self.spec.num_experts)
         init, nominal = config.init_lora_weights, nominal_scaling(config)
+        awaits_values = _parameters_are_created_on_meta()
         found = {}
         for slot in settings.slots(projection):
-            rows = settings.slot_rows(projection, slot)
+            rows, where = settings.slot_rows(projection, slot), f"{self.name}.{slot}"
             out_features = len(range(projection.out_features)[rows])
-            a = torch.zeros(len(experts), settings.rank, projection.in_features)
-            b = torch.zeros(len(experts), out_features, settings.rank)
-            a = a[:1].clone() if settings.shares(projection, "A") else a
-            b = b[:1].clone() if settings.shares(projection, "B") else b
-            # While the adapter is created on the meta device (low_cpu_mem_usage), values come from a checkpoint.
-            on_meta = a.device.type == "meta" or store.device.type == "meta"
+            a = torch.zeros(
+                1 if settings.shares(projection, "A") else len(experts), settings.rank, projection.in_features
+            )
+            b = torch.zeros(1 if settings.shares(projection, "B") else len(experts), out_features, settings.rank)
             magnitudes = torch.zeros(len(experts), out_features) if settings.use_dora else None
-            if not on_meta:
-                where = f"{self.name}.{slot}"
-                if initialisation.decomposes(init):
+            if store.device.type != "meta":
+                if initialisation.decomposes(init):  # also where values come later: the base becomes the residual
                     for position, expert in enumerate(experts):
                         initialisation.take_out(
                             store, expert, rows, a[position], b[position], str(init), settings.ranks[position],
                             settings.expert_scaling(position, nominal), where,
                         )  # fmt: skip
-                else:
+                elif not awaits_values:
                     initialisation.fill(a, b, init, settings.ranks, where)
-                if settings.use_dora:
+                if settings.use_dora and not awaits_values:
                     magnitudes = initialisation.magnitudes(store, experts, rows, a, b, settings, nominal)
+            if settings.ragged:
+                a, b = pack(a, settings), pack(b.transpose(1, 2), settings)
             found[slot] = (a, b, magnitudes)
         return found
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from . import weighting
-from .adapter import ProjectionAdapter
 from .checkpoint import native
 from .compat import BaseTunerLayer, ExcludedModule, LoraLayer, LoraModel, check_target_module_exists
 from .config import MoELoraConfig
 from .layer import MoELoraLayer
 from .layouts import ExpertsSpec, find_experts
-from .settings import adapted_experts, check_against_model, layer_number, targeted_projections
+from .settings import adapted_experts, check_against_model, layer_number, resolve, targeted_projections
 
 
 class MoELoraModel(LoraModel):
@@ -40,6 +39,13 @@ class MoELoraModel(LoraModel):
         config = self.peft_config[adapter_name] = weighting.adjusted(self, config)
         self._targets = self._find_targets(model, config)
         check_against_model(config, self._targets)
+        if config.file_shapes is not None:  # read from a file whose tensors come next: they have to fit
+            expected = {
+                key: shape
+                for name, spec in self._targets.items()
+                for key, shape in native.expected_shapes(name, spec, resolve(config, spec, name)).items()
+            }
+            native.check_shapes(config.file_shapes, expected, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _find_targets(self, model: nn.Module, config: MoELoraConfig) -> dict[str, ExpertsSpec]:
@@ -230,40 +236,24 @@ class MoELoraModel(LoraModel):
     # --- state dicts -------------------------------------------------------------------------------------------------
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: Any,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: Any,
-    ) -> dict[str, Tensor]:
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        for key, layer, factor in _expert_tensors(model, adapter_name):
-            if key in found:
-                found[key] = native.pack(found[key], factor, layer.adapters[adapter_name].ranks)
-        return found
-
-    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        own = {key: (layer, factor) for key, layer, factor in _expert_tensors(model, adapter_name)}
-        in_file = {key: value for key, value in state_dict.items() if native.is_expert_key(key)}
-        rest = {key: value for key, value in state_dict.items() if key not in in_file}
-        prefix = "base_model.model."
-        expected = {prefix + key.removeprefix(prefix).removesuffix(f".{adapter_name}"): key for key in own}
-        loaded: dict[str, Tensor] = {}
-        parameters = dict(model.named_parameters())
-        keys = {prefix + key.removeprefix(prefix): key for key in in_file}
-        for wanted, found in native.match(keys, expected, adapter_name).items():
-            model_key = expected[wanted]
-            layer, factor = own[model_key]
-            tensor, target = in_file[keys[found]], parameters[model_key]
-            ranks = layer.adapters[adapter_name].ranks
-            native.check_shape(keys[found], tensor.shape, native.packed_shape(target.shape, factor, ranks))
-            loaded[model_key] = native.unpack(tensor, factor, ranks)
-        return loaded | super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
+        """See PEFT. Expert tensors are matched by what transformers 4 and 5 agree on in their names."""
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, MoELoraLayer) and adapter_name in layer.adapters:
+                path = name.removeprefix(native.PREFIX)
+                expected |= native.expected_shapes(path, layer.spec, layer.adapters[adapter_name])
+        mine = native.expert_keys(state_dict)
+        experts = {native.full_key(key): value for key, value in state_dict.items() if key in mine}
+        rest = {key: value for key, value in state_dict.items() if key not in mine}
+        matched = native.check_shapes({key: value.shape for key, value in experts.items()}, expected, adapter_name)
+        loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
+        in_memory = native.PREFIX if any(name.startswith(native.PREFIX) for name, _ in model.named_modules()) else ""
+        for own, key in matched.items():
+            loaded[f"{in_memory}{own.removeprefix(native.PREFIX)}.{adapter_name}"] = experts[key]
+        return loaded
 
     def subtract_mutated_init(self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None) -> Any:
         """Refused where experts are adapted: see PEFT's `path_initial_model_for_weight_conversion`."""
@@ -273,17 +263,6 @@ class MoELoraModel(LoraModel):
                 "as it is and load it on the residual base, or merge it."
             )
         return super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
-
-
-def _expert_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, MoELoraLayer, str]]:
-    """(model key, its layer, lora_A | lora_B | lora_magnitude_vector) of every expert tensor of an adapter."""
-    for name, layer in model.named_modules():
-        if not isinstance(layer, MoELoraLayer):
-            continue
-        for slot, child in layer.projections.items():
-            for factor in ProjectionAdapter.adapter_layer_names:
-                if adapter_name in getattr(child, factor):
-                    yield f"{name}.{slot}.{factor}.{adapter_name}", layer, factor
 
 
 def _no_experts(model: nn.Module) -> str:

@@ -22,7 +22,7 @@ class AdapterSettings:
     Attributes:
         projections: names of the adapted projections.
         experts: indices of the adapted experts, ascending; `None`: all.
-        ranks: of each adapted expert; the storage is padded to the largest.
+        ranks: of each adapted expert. Where they differ nothing is padded: the ranks of all experts lie in one axis.
         factor: scaling of the first adapted expert, relative to `lora_alpha / r`, the nominal scaling of the adapter
             (which PEFT's tools read and rescale on every LoRA layer).
         scaling: of each adapted expert, relative to the first; `None` where all are equal.
@@ -42,8 +42,13 @@ class AdapterSettings:
 
     @property
     def rank(self) -> int:
-        """The rank of the storage."""
+        """The largest rank."""
         return max(self.ranks)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the adapted experts differ in rank."""
+        return len(set(self.ranks)) > 1
 
     def expert_scaling(self, position: int, nominal: float) -> float:
         """Scaling of the adapted expert at a position, given the nominal scaling of the adapter."""
@@ -71,15 +76,50 @@ class AdapterSettings:
             return False
         return factor == ("B" if projection.target == "down_proj" else "A")
 
+    def shapes(self, projection: ProjectionSpec, slot: str, num_experts: int) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter of a slot, in memory and on disk.
+
+        `lora_A (E', r, in)` and `lora_B (E', out, r)`; where experts differ in rank `lora_A (sum of r, in)` and
+        `lora_B (sum of r, out)`; `lora_magnitude_vector (E', out)` with DoRA.
+        """
+        experts = len(self.adapted(num_experts))
+        out_features = len(range(projection.out_features)[self.slot_rows(projection, slot)])
+        found: dict[str, tuple[int, ...]]
+        if self.ragged:
+            found = {
+                "lora_A": (sum(self.ranks), projection.in_features),
+                "lora_B": (sum(self.ranks), out_features),
+            }
+        else:
+            found = {
+                "lora_A": (1 if self.shares(projection, "A") else experts, self.rank, projection.in_features),
+                "lora_B": (1 if self.shares(projection, "B") else experts, out_features, self.rank),
+            }
+        if self.use_dora:
+            found["lora_magnitude_vector"] = (experts, out_features)
+        return found
+
     def constant(self, name: str, device: torch.device) -> Tensor:
-        """`experts` as int64 or `scaling` as fp32 `(E', 1, 1)`, on a device; made once a device."""
+        """A setting as a tensor on a device, made once a device.
+
+        `experts` int64 `(E',)`; `scaling` fp32 `(E', 1, 1)`; `rows` int64 `(sum of r,)`, where the ranks of ragged
+        experts lie once they are padded to `(E' * rank)`.
+        """
         key = (name, device)
         if key not in self._constants:
-            if name == "experts":
-                self._constants[key] = torch.tensor(self.experts, dtype=torch.int64, device=device)
-            else:
-                self._constants[key] = torch.tensor(self.scaling, dtype=torch.float32, device=device)[:, None, None]
+            made = {"experts": self._experts, "scaling": self._relative_scaling, "rows": self._padded_rows}[name]()
+            self._constants[key] = made.to(device)
         return self._constants[key]
+
+    def _experts(self) -> Tensor:
+        return torch.tensor(self.experts, dtype=torch.int64)
+
+    def _relative_scaling(self) -> Tensor:
+        return torch.tensor(self.scaling, dtype=torch.float32)[:, None, None]
+
+    def _padded_rows(self) -> Tensor:
+        positions = [expert * self.rank + row for expert, rank in enumerate(self.ranks) for row in range(rank)]
+        return torch.tensor(positions, dtype=torch.int64)
 
 
 def layer_number(name: str) -> int | None:

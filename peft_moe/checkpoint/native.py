@@ -1,8 +1,7 @@
 """The native format: contiguous-r tensors under the names of the model.
 
-One tensor pair a projection, `lora_A (E', r, in)` and `lora_B (E', out, r)`. Where the experts of a projection differ
-in rank nothing of the padding is written: the rows of all experts follow each other, `lora_A (sum of r, in)` and
-`lora_B (sum of r, out)`.
+One tensor pair a projection, `lora_A (E', r, in)` and `lora_B (E', out, r)`; where experts differ in rank their ranks
+follow each other without padding, `lora_A (sum of r, in)` and `lora_B (sum of r, out)`.
 
 Names are those of the model the adapter was trained on. They are read on any layout of the same model: what differs
 between transformers 4 and 5 in the path of a block is set aside when they are compared (`canonical`).
@@ -11,15 +10,18 @@ between transformers 4 and 5 in the path of a block is set aside when they are c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-import torch
-from torch import Tensor
+from ..layouts import ExpertsSpec
+from ..settings import AdapterSettings
+
+PREFIX = "base_model.model."  # of every key, as in all adapters of PEFT
 
 _BLOCK_NAMES = re.compile(r"\.(mlp|block_sparse_moe|feed_forward|ffn|mixer|moe|feedforward)\.")
 _SLOTS = "gate_up_proj|gate_proj|up_proj|down_proj"
 _PARALLEL_LINEARS = re.compile(rf"\.(experts\.)?(input_linear|output_linear|fc1|fc2)\.({_SLOTS})\.")
-EXPERT_KEY = re.compile(rf"\.({_SLOTS})\.(lora_A|lora_B|lora_magnitude_vector)$")
+_FACTOR = re.compile(rf"\.({_SLOTS})\.(lora_A|lora_B)$")
+_MAGNITUDE = re.compile(rf"\.({_SLOTS})\.lora_magnitude_vector$")
 
 
 def canonical(key: str) -> str:
@@ -28,74 +30,67 @@ def canonical(key: str) -> str:
     return _BLOCK_NAMES.sub(".mlp.", key).replace(".model.transformer.", ".model.").replace(".transformer.", ".model.")
 
 
-def is_expert_key(key: str) -> bool:
-    """Whether a key of an adapter file names an expert tensor."""
-    return EXPERT_KEY.search(key) is not None
+def expert_keys(keys: Iterable[str]) -> set[str]:
+    """The keys of an adapter file that name expert tensors.
+
+    A linear's factors end in `.weight`; its DoRA magnitudes do not, and are told apart by the factors beside them.
+    """
+    keys = set(keys)
+    found = {key for key in keys if _FACTOR.search(key)}
+    return found | {key for key in keys if _MAGNITUDE.search(key) and _MAGNITUDE.sub(r".\1.lora_A", key) in found}
 
 
-def pack(tensor: Tensor, factor: str, ranks: Sequence[int]) -> Tensor:
-    """What is written of one factor: itself, or the rows of all experts without padding where ranks differ."""
-    if factor == "lora_magnitude_vector" or len(set(ranks)) == 1:
-        return tensor.contiguous()
-    rows = tensor if factor == "lora_A" else tensor.transpose(1, 2)
-    return torch.cat([rows[expert, :rank] for expert, rank in enumerate(ranks)]).contiguous()
+def full_key(key: str) -> str:
+    """A key with the prefix that all adapters of PEFT have on disk; in memory a bare model has none."""
+    return PREFIX + key.removeprefix(PREFIX)
 
 
-def packed_shape(shape: Sequence[int], factor: str, ranks: Sequence[int]) -> tuple[int, ...]:
-    """The shape that `pack` gives a factor of the given shape."""
-    if factor == "lora_magnitude_vector" or len(set(ranks)) == 1:
-        return tuple(shape)
-    return (sum(ranks), shape[2] if factor == "lora_A" else shape[1])
+def expected_shapes(name: str, spec: ExpertsSpec, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
+    """Key -> shape in the file of every tensor of an adapter on one experts module.
+
+    Args: name: path of the module in the base model.
+    """
+    return {
+        f"{PREFIX}{name}.{slot}.{factor}": shape
+        for projection in spec.projections
+        if projection.name in settings.projections
+        for slot in settings.slots(projection)
+        for factor, shape in settings.shapes(projection, slot, spec.num_experts).items()
+    }
 
 
-def unpack(tensor: Tensor, factor: str, ranks: Sequence[int]) -> Tensor:
-    """The padded factor of what `pack` wrote."""
-    if factor == "lora_magnitude_vector" or len(set(ranks)) == 1:
-        return tensor
-    out = tensor.new_zeros(len(ranks), max(ranks), tensor.shape[1])
-    for expert, rows in enumerate(tensor.split(list(ranks))):
-        out[expert, : rows.shape[0]] = rows
-    return out if factor == "lora_A" else out.transpose(1, 2).contiguous()
+def check_shapes(
+    found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], adapter: str
+) -> dict[str, str]:
+    """Key of the model -> key of the file, for every expert tensor that the model expects.
+
+    Raises `ValueError` naming the tensors that are missing, that nothing takes, or whose shape is another.
+    """
+    matched = match(expert_keys(found), expected, adapter)
+    for wanted, key in matched.items():
+        if tuple(found[key]) != tuple(expected[wanted]):
+            raise ValueError(
+                f"adapter {adapter!r}: {key}: found shape {tuple(found[key])}, expected {tuple(expected[wanted])} "
+                "(experts, rank and sizes of this model and of adapter_config.json). Nothing was loaded."
+            )
+    return matched
 
 
-def check_keys(found: Iterable[str], expected: Iterable[str], adapter: str) -> None:
-    """Raise `ValueError` naming the tensors that are missing or that nothing takes."""
-    found, expected = set(found), set(expected)
-    missing, extra = sorted(expected - found), sorted(found - expected)
-    if not missing and not extra:
-        return
-    parts = []
-    if missing:
-        parts.append(f"missing {_some(missing)}")
-    if extra:
-        parts.append(f"not used by this model {_some(extra)}")
-    raise ValueError(
-        f"adapter {adapter!r}: its expert tensors do not fit the model: {'; '.join(parts)}. Was it trained on another "
-        "model, or with another config than its adapter_config.json? Nothing was loaded."
-    )
-
-
-def check_shape(key: str, found: Sequence[int], expected: Sequence[int]) -> None:
-    """Raise `ValueError` naming the tensor, what was found and what was expected."""
-    if tuple(found) != tuple(expected):
+def match(found: Iterable[str], expected: Iterable[str], adapter: str) -> dict[str, str]:
+    """Key of the model -> key of the file. Raises `ValueError` if they are not one to one."""
+    wanted, files = ({canonical(key): key for key in keys} for keys in (expected, found))
+    missing = sorted(wanted[name] for name in wanted.keys() - files.keys())
+    extra = sorted(files[name] for name in files.keys() - wanted.keys())
+    if missing or extra:
+        parts = [f"missing {_some(missing)}"] if missing else []
+        parts += [f"not used by this model {_some(extra)}"] if extra else []
         raise ValueError(
-            f"{key}: found shape {tuple(found)}, expected {tuple(expected)} (experts, rank and sizes of this model "
-            "and of adapter_config.json). Nothing was loaded."
+            f"adapter {adapter!r}: its expert tensors do not fit the model: {'; '.join(parts)}. Was it trained on "
+            "another model, or with another config than its adapter_config.json? Nothing was loaded."
         )
+    return {wanted[name]: files[name] for name in wanted}
 
 
 def _some(keys: Sequence[str], limit: int = 4) -> str:
     more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
     return ", ".join(keys[:limit]) + more
-
-
-def match(found: Iterable[str], expected: Iterable[str], adapter: str) -> dict[str, str]:
-    """Key of the model -> key of the file, for every expert tensor the model expects.
-
-    Raises `ValueError` (see `check_keys`) if they are not one to one.
-    """
-    expected = list(expected)
-    by_canonical = {canonical(key): key for key in expected}
-    files = {canonical(key): key for key in found}
-    check_keys([by_canonical.get(name, key) for name, key in files.items()], by_canonical.values(), adapter)
-    return {by_canonical[name]: key for name, key in files.items()}

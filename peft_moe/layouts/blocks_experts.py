@@ -134,8 +134,34 @@ def expert_activation(expert: nn.Module) -> Callable[..., Any] | None:
     None where the expert is not recognised and where the activation takes gate and up together (`ExpertForm.fused`):
     such an activation cannot be applied to the gate alone.
     """
+    key = _activation_key(expert)
+    if key is None:
+        return None
+    return _functions[key] if key in _functions else getattr(expert, key)
+
+
+#: Activations that are no module of their expert (functions of torch, with their options bound), by key.
+_functions: dict[str, Callable[..., Any]] = {}
+
+
+@torch.compiler.assume_constant_result
+def _activation_key(expert: nn.Module) -> str | None:
+    """The name of the activation's module below the expert, or a key of `_functions`.
+
+    A string, because `torch.compile` can take that for a constant; it cannot follow how an expert is recognised.
+    """
     form = expert_form(expert)
-    return None if form is None or form.fused else form.activation
+    if form is None or form.fused:
+        return None
+    for name, child in expert.named_children():
+        if child is form.activation:
+            return name
+    function, options = form.activation, ""
+    if isinstance(function, functools.partial):
+        function, options = function.func, str(sorted(function.keywords.items()))
+    key = f"{id(function)} {options}"
+    _functions.setdefault(key, form.activation)  # keeps the function alive, so that its id stays its own
+    return key
 
 
 def _match(expert: nn.Module, result: Any, source: _Symbol) -> ExpertForm | None:

@@ -88,7 +88,7 @@ class _ExpertMLP(torch.autograd.Function):
         hidden = activate(activation, pre)
         down_low = None if down_a is None else grouped_mm(hidden, down_a.mT, offsets, backend)
         rows = _project(hidden, stack_tensor(down_weight), down_low, down_b, down_bias, experts, offsets, backend)
-        flat = mask_rows(rows, valid)[inverse].view(tokens, top_k, -1)
+        flat = mask_rows(rows, valid)[inverse].view(tokens, top_k, rows.shape[-1])
         out = (flat * weights.unsqueeze(-1)).sum(dim=1).to(dtype)
 
         up_tensor, down_tensor = isinstance(up_weight, Tensor), isinstance(down_weight, Tensor)

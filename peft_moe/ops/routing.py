@@ -110,4 +110,4 @@ def combine(rows: Tensor, weights: Tensor, routing: Routing, dtype: torch.dtype)
     """
     tokens, top_k = weights.shape
     flat = Unsort.apply(mask_rows(rows, routing.valid), routing.order, routing.inverse)
-    return (flat.view(tokens, top_k, -1) * weights.unsqueeze(-1)).sum(dim=1).to(dtype)
+    return (flat.view(tokens, top_k, rows.shape[-1]) * weights.unsqueeze(-1)).sum(dim=1).to(dtype)

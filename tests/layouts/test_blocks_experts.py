@@ -112,6 +112,22 @@ def test_functional_activation() -> None:
     assert torch.equal(expert_activation(bound)(pre), F.gelu(pre, approximate="tanh"))
 
 
+@pytest.mark.parametrize("kind", ["module", "function", "bound"])
+def test_activation_inside_a_compiled_function(kind: str) -> None:
+    """Whoever asks during a forward may be compiled: the expert is not recognised again within the graph."""
+    functions = {
+        "module": GATED["plain"],
+        "function": lambda m, x: m.down_proj(torch.tanh(m.gate_proj(x)) * m.up_proj(x)),
+        "bound": lambda m, x: m.down_proj(F.gelu(m.gate_proj(x), approximate="tanh") * m.up_proj(x)),
+    }
+    expert, pre = make(functions[kind]), torch.randn(5)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: expert_activation(expert)(x), fullgraph=True, backend="eager")
+    want = {"module": expert.act_fn, "function": torch.tanh, "bound": partial(F.gelu, approximate="tanh")}[kind]
+    assert torch.equal(compiled(pre), want(pre))
+    assert torch.equal(expert_activation(expert)(pre), want(pre))
+
+
 def test_fused_activation() -> None:
     """An activation of gate and up together is described, and never handed out as one of the gate alone."""
     expert = LatentExpert(RemoteConfig(hidden_act="situ"), 8)

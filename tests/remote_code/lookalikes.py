@@ -59,8 +59,16 @@ class WithExpertParallelism(DeepseekBlock):
             self.experts[i] = None
 
 
+class WithRanks(DeepseekBlock):
+    """Has every expert and still exchanges tokens with another rank."""
+
+    def __init__(self, config: SimpleNamespace):
+        super().__init__(config)
+        self.ep_size = 2
+
+
 class WithHoles(DeepseekBlock):
-    """As above, and does not say so."""
+    """One expert is None although no rank is said to hold it."""
 
     def __init__(self, config: SimpleNamespace):
         super().__init__(config)
@@ -114,6 +122,7 @@ REFUSED = (
     WithTwoGates,
     WithCapacity,
     WithExpertParallelism,
+    WithRanks,
     WithHoles,
     WithStrangeExperts,
     WithMixedExperts,

@@ -1,0 +1,120 @@
+"""Dense deltas of adapters, read from the parameters by name, and the tiny models they are tried on.
+
+`W + sum of scaling * B A` written into a copy of the base is the reference of these tests: it shares no code with the
+package.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.remote_code import RemoteConfig, RemoteForCausalLM
+from tests.zoo import ENTRIES, first_floating
+from tests.zoo.builder import reinitialise
+from tests.zoo.entry import token_ids
+from tests.zoo.views import weight_views
+
+#: (path of the experts module, "up" or "down") -> `(E, out, in)` float64
+Deltas = dict[tuple[str, str], Tensor]
+
+SCALE = 0.5  # large enough that an adapter left out, or counted twice, cannot hide in rounding
+
+
+def _remote() -> nn.Module:
+    model = RemoteForCausalLM(RemoteConfig(vocab_size=64, hidden_size=64, moe_intermediate_size=40))
+    reinitialise(model)
+    return model.eval()
+
+
+#: Stacked parameters, interleaved and with biases, and a list of experts: on transformers 4 `qwen3_moe` is a list too.
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "qwen3_moe": ENTRIES["qwen3_moe"].build,
+    "gpt_oss": ENTRIES["gpt_oss"].build,
+    "remote_list": _remote,
+}
+
+
+def text(model: nn.Module) -> dict[str, Any]:
+    """Token ids (2, 8) for any of the models."""
+    return {"input_ids": token_ids()} if isinstance(model, RemoteForCausalLM) else ENTRIES["qwen3_moe"].inputs(model)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Tensor:
+    """The first floating output of a model."""
+    return first_floating(model(**inputs, **options))
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, adapter: str, seed: int = 0, scale: float = SCALE) -> None:
+    """Give every expert factor of an adapter normal values; the padding of smaller ranks stays zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in model.named_parameters():
+        if key.endswith((f".lora_A.{adapter}", f".lora_B.{adapter}", f".{adapter}.weight")) and "lora_" in key:
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            used = parameter.abs().amax(dim=-1, keepdim=True) > 0  # rows of A; the padding of B is where A is zero
+            parameter.copy_(torch.where(used, noise, 0) if "lora_A" in key else noise)
+
+
+def deltas(
+    model: nn.Module,
+    adapter: str,
+    scaling: float | Sequence[float],
+    experts: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
+    num_experts: int = 4,
+) -> Deltas:
+    """`scaling * B A` of every experts module that an adapter is on.
+
+    scaling: of all adapted experts, or one each. experts: the adapted ones, of all layers or by layer; `None`: all.
+    """
+    parameters = dict(model.named_parameters())
+    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, a in parameters.items():
+        path, _, name = key.removeprefix("base_model.model.").rpartition(".lora_A.")
+        owner, _, slot = path.rpartition(".")
+        if name != adapter or a.dim() != 3:
+            continue
+        b = parameters[key.replace(".lora_A.", ".lora_B.")]
+        count = max(a.shape[0], b.shape[0])
+        a, b = (factor.detach().double().expand(count, -1, -1) for factor in (a, b))
+        if isinstance(experts, Mapping):
+            chosen = list(experts[next(int(part) for part in owner.split(".") if part.isdigit())])
+        else:
+            chosen = list(range(num_experts) if experts is None else experts)
+        assert len(chosen) == count, key
+        scales = torch.as_tensor(scaling, dtype=torch.float64).expand(count)[:, None, None]
+        product = scales * (b @ a)
+        out = torch.zeros(num_experts, *product.shape[1:], dtype=torch.float64)
+        out[chosen] = product
+        found.setdefault((owner, "down" if slot == "down_proj" else "up"), {})[slot] = out
+    joined = {}
+    for where, slots in found.items():
+        pair = [slots[slot] for slot in ("gate_proj", "up_proj") if slot in slots]
+        joined[where] = torch.cat(pair, dim=1) if len(pair) == 2 else next(iter(slots.values()))
+    return joined
+
+
+def add(*many: Deltas) -> Deltas:
+    """The sum of several adapters' deltas."""
+    total: Deltas = {}
+    for one in many:
+        for where, value in one.items():
+            total[where] = total[where] + value if where in total else value
+    return total
+
+
+@torch.no_grad()
+def with_deltas(base: nn.Module, written: Deltas) -> nn.Module:
+    """A copy of a base model with deltas added to its experts."""
+    reference = copy.deepcopy(base)
+    for (owner, projection), value in written.items():
+        rows = weight_views(reference.get_submodule(owner), 64)["down_proj" if projection == "down" else "gate_up_proj"]
+        for expert, parts in enumerate(rows[: value.shape[0]]):
+            for part, change in zip(parts, value[expert].split([part.shape[0] for part in parts]), strict=True):
+                part += change.to(part.dtype)
+    return reference
