@@ -10,6 +10,7 @@ from typing import Any, Literal
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from .checkpoint.card import add_loading_section
 from .checkpoint.files import read_shapes
 from .layouts import TARGETS
 from .ops.grouped import BACKENDS
@@ -142,6 +143,11 @@ class MoELoraConfig(LoraConfig):
         if isinstance(config, cls) and os.path.isfile(file):
             config.file_shapes = read_shapes(file)
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """See PEFT. Adds to the model card beside it how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        add_loading_section(save_directory, self)
 
     # --- checks --------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .activation import Activation, activate, activate_backward
 from .grouped import grouped_mm, grouped_outer
@@ -102,6 +103,7 @@ class _ExpertMLP(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # what was saved has no history: a second derivative would be wrong
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (
             x, weights, pre, up_low, down_low, up_a, up_b, down_a, down_b, down_bias,
@@ -133,9 +135,10 @@ class _ExpertMLP(torch.autograd.Function):
             if ctx.needs_input_grad[8]:
                 d_down_a = grouped_outer((d_low * row_weight).to(dtype), hidden, offsets, backend)
         if need_w:
-            dots = (hidden * d_hidden).sum(dim=-1, dtype=torch.float32)
+            wide = torch.promote_types(dtype, torch.float32)
+            dots = (hidden * d_hidden).sum(dim=-1, dtype=wide)
             if down_bias is not None:
-                dots = dots + (d_rows * down_bias[experts]).sum(dim=-1, dtype=torch.float32)
+                dots = dots + (d_rows * down_bias[experts]).sum(dim=-1, dtype=wide)
             dots = mask_rows(dots.unsqueeze(-1), valid).squeeze(-1)
             d_weights = dots[inverse].view(tokens, top_k).to(weights.dtype)
         del hidden, d_rows

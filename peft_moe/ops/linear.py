@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .grouped import grouped_mm, grouped_outer
 
@@ -36,6 +37,7 @@ class FrozenGroupedLinear(torch.autograd.Function):
         return grouped_mm(x, weight.mT, offsets, backend)
 
     @staticmethod
+    @once_differentiable  # what was saved has no history: a second derivative would be wrong
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         offsets, weight = ctx.saved_tensors
         weight = ctx.build() if weight is None else weight
@@ -53,6 +55,7 @@ class GroupedLora(torch.autograd.Function):
         return grouped_mm(low, b.mT, offsets, backend)
 
     @staticmethod
+    @once_differentiable  # what was saved has no history: a second derivative would be wrong
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, low, offsets = ctx.saved_tensors
         grad = grads[0].contiguous()

@@ -52,13 +52,11 @@ def logits(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Tenso
 
 @torch.no_grad()
 def randomise(model: nn.Module, adapter: str, seed: int = 0, scale: float = SCALE) -> None:
-    """Give every expert factor of an adapter normal values; the padding of smaller ranks stays zero."""
+    """Give every factor of an adapter, on experts and on linears, normal values."""
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in model.named_parameters():
-        if key.endswith((f".lora_A.{adapter}", f".lora_B.{adapter}", f".{adapter}.weight")) and "lora_" in key:
-            noise = torch.randn(parameter.shape, generator=generator) * scale
-            used = parameter.abs().amax(dim=-1, keepdim=True) > 0  # rows of A; the padding of B is where A is zero
-            parameter.copy_(torch.where(used, noise, 0) if "lora_A" in key else noise)
+        if key.removesuffix(".weight").endswith((f".lora_A.{adapter}", f".lora_B.{adapter}")):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
 def deltas(
@@ -67,30 +65,37 @@ def deltas(
     scaling: float | Sequence[float],
     experts: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
     num_experts: int = 4,
+    ranks: Sequence[int] | None = None,
 ) -> Deltas:
     """`scaling * B A` of every experts module that an adapter is on.
 
     scaling: of all adapted experts, or one each. experts: the adapted ones, of all layers or by layer; `None`: all.
+    ranks: of the adapted experts where they differ: the rows of A `(sum of r, in)` and B `(sum of r, out)` follow
+    each other.
     """
     parameters = dict(model.named_parameters())
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, a in parameters.items():
         path, _, name = key.removeprefix("base_model.model.").rpartition(".lora_A.")
         owner, _, slot = path.rpartition(".")
-        if name != adapter or a.dim() != 3:
+        if name != adapter:
             continue
         b = parameters[key.replace(".lora_A.", ".lora_B.")]
-        count = max(a.shape[0], b.shape[0])
-        a, b = (factor.detach().double().expand(count, -1, -1) for factor in (a, b))
+        if ranks is None:
+            count = max(a.shape[0], b.shape[0])
+            products = b.detach().double() @ a.detach().double()  # a factor that all experts share is broadcast
+        else:
+            count = len(ranks)
+            pairs = zip(b.detach().double().split(list(ranks)), a.detach().double().split(list(ranks)), strict=True)
+            products = torch.stack([rows_b.T @ rows_a for rows_b, rows_a in pairs])
         if isinstance(experts, Mapping):
             chosen = list(experts[next(int(part) for part in owner.split(".") if part.isdigit())])
         else:
             chosen = list(range(num_experts) if experts is None else experts)
         assert len(chosen) == count, key
         scales = torch.as_tensor(scaling, dtype=torch.float64).expand(count)[:, None, None]
-        product = scales * (b @ a)
-        out = torch.zeros(num_experts, *product.shape[1:], dtype=torch.float64)
-        out[chosen] = product
+        out = torch.zeros(num_experts, *products.shape[1:], dtype=torch.float64)
+        out[chosen] = scales * products
         found.setdefault((owner, "down" if slot == "down_proj" else "up"), {})[slot] = out
     joined = {}
     for where, slots in found.items():

@@ -1,0 +1,71 @@
+"""One experts block on a CUDA device, at sizes of real models, against a float64 loop over experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from peft_moe.ops.experts import Projection, expert_mlp
+from peft_moe.ops.routing import route
+
+pytestmark = pytest.mark.gpu
+
+
+def reference(
+    x: Tensor, weights: Tensor, index: Tensor, up: tuple[Tensor, ...], down: tuple[Tensor, ...]
+) -> tuple[Tensor, list[Tensor]]:
+    """Output and gradients (x, weights, A_up, B_up, A_down, B_down) for the loss sum(out * probe), in float64."""
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (x, weights, up[1], up[2], down[1], down[2])]
+    x64, w64, a_up, b_up, a_down, b_down = leaves
+    out = torch.zeros_like(x64)
+    for expert in range(up[0].shape[0]):
+        token, choice = torch.where(index == expert)
+        if token.numel() == 0:
+            continue
+        rows = x64[token]
+        pre = rows @ up[0][expert].double().T + rows @ a_up[expert].T @ b_up[expert].T
+        gate, value = pre.chunk(2, dim=-1)
+        hidden = silu(gate) * value
+        y = hidden @ down[0][expert].double().T + hidden @ a_down[expert].T @ b_down[expert].T
+        out = out.index_add(0, token, y * w64[token, choice, None])
+    return out, leaves
+
+
+@pytest.mark.parametrize("routing", ["random", "one expert", "few experts"])
+@pytest.mark.parametrize("tokens", [1, 33, 1000])
+@pytest.mark.parametrize("rank", [8, 16])
+def test_against_float64(tokens: int, rank: int, routing: str) -> None:
+    experts, top_k, width, inner = 32, 4, 512, 384
+    generator = torch.Generator(device="cuda").manual_seed(tokens + rank)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator, device="cuda") * scale).bfloat16()
+
+    limit = {"random": experts, "one expert": top_k, "few experts": 6}[routing]
+    index = torch.stack([torch.randperm(limit, generator=generator, device="cuda")[:top_k] for _ in range(tokens)])
+    weights = torch.rand(tokens, top_k, generator=generator, device="cuda")
+    x = normal(tokens, width)
+    up = (normal(experts, 2 * inner, width, scale=width**-0.5), normal(experts, rank, width, scale=width**-0.5),
+          normal(experts, 2 * inner, rank, scale=0.3))  # fmt: skip
+    down = (normal(experts, width, inner, scale=inner**-0.5), normal(experts, rank, inner, scale=inner**-0.5),
+            normal(experts, width, rank, scale=0.3))  # fmt: skip
+    probe = normal(tokens, width)
+
+    expected, leaves = reference(x, weights, index, up, down)
+    (expected * probe.double()).sum().backward()
+    mine = [tensor.detach().clone().requires_grad_() for tensor in (x, weights, up[1], up[2], down[1], down[2])]
+    out = expert_mlp(
+        mine[0], mine[1], route(index, experts, sentinels=False), Projection(up[0], None, mine[2], mine[3]),
+        Projection(down[0], None, mine[4], mine[5]), "silu_gated", "auto", torch.bfloat16,
+    )  # fmt: skip
+    (out * probe).sum().backward()
+    assert (out.double() - expected).norm() < 2e-2 * expected.norm()
+    for found, leaf in zip(mine, leaves, strict=True):
+        assert found.grad is not None and leaf.grad is not None
+        assert (found.grad.double() - leaf.grad).norm() < 3e-2 * leaf.grad.norm()
+    used = torch.zeros(experts, dtype=torch.bool, device="cuda")
+    used[index.flatten()] = True
+    for found in mine[2:]:
+        assert found.grad is not None and not found.grad[~used].any()
