@@ -28,13 +28,15 @@ def register(config_cls: type, model_cls: type) -> None:
     Raises `RuntimeError` if another package has taken the name.
     """
     member = peft_type()
-    for table, value in compat.peft_tables(config_cls, model_cls).items():
+    tables = compat.peft_tables(config_cls, model_cls)
+    for table, value in tables.items():
         registered: Any = table.table.get(member)
         if registered is not None and not _ours(registered, value):
             raise RuntimeError(
                 f"PEFT's {table.name} already has a {NAME} of another package: found {registered!r}, expected "
                 f"{value!r}. Uninstall one of the two."
             )
+    for table, value in tables.items():
         table.table[member] = value
 
 

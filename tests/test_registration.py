@@ -15,18 +15,23 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftConfig, PeftType, get_peft_model, mapping
-from peft.utils import peft_types
+from peft.utils import hotswap, peft_types
 
 import peft_moe
 from peft_moe import MoELoraConfig, MoELoraModel, registration
 from tests.zoo import ENTRIES, first_floating
 
 ROOT = Path(__file__).parents[1]
-TABLES = ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING")
+TABLES = (
+    "CONFIG_KEYS_TO_CHECK",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+)
 
 
 def tables() -> dict[str, dict]:
-    return {name: getattr(mapping, name) for name in TABLES}
+    return {name: getattr(hotswap if name.startswith("CONFIG") else mapping, name) for name in TABLES}
 
 
 def run(script: str) -> str:
@@ -108,7 +113,8 @@ def test_foreign_entry(table, monkeypatch):
     class Foreign:
         pass
 
-    monkeypatch.setitem(tables()[table], PeftType.MOELORA, "foreign_" if table.endswith("PREFIX_MAPPING") else Foreign)
+    values = {"CONFIG_KEYS_TO_CHECK": ["foreign"], "PEFT_TYPE_TO_PREFIX_MAPPING": "foreign_"}
+    monkeypatch.setitem(tables()[table], PeftType.MOELORA, values.get(table, Foreign))
     before = {name: dict(entries) for name, entries in tables().items()}
     with pytest.raises(RuntimeError) as error:
         importlib.reload(peft_moe)
@@ -121,7 +127,7 @@ def test_foreign_entry(table, monkeypatch):
 SNAPSHOT = """
 import collections, sys, types
 import peft, transformers, accelerate
-import peft.mapping, peft.tuners.lora, peft.utils.merge_utils, peft.tuners.tuners_utils
+import peft.mapping, peft.tuners.lora, peft.utils.hotswap, peft.utils.merge_utils, peft.tuners.tuners_utils
 import transformers.modeling_utils, transformers.integrations.peft, transformers.activations
 
 def watched():
@@ -180,7 +186,7 @@ assert type(peft.PeftConfig.from_peft_type(peft_type="MOELORA", task_type=None))
 def test_import_changes_the_tables_and_the_enum_alone():
     enum_keys, changed = (eval(line) for line in run(SNAPSHOT).splitlines())
     assert enum_keys == ["MOELORA", "_member_map_", "_member_names_", "_value2member_map_"]
-    assert changed == sorted(TABLES)
+    assert changed == sorted(TABLES)  # the same objects, by whatever name PEFT's modules know them
 
 
 def test_config_is_read_by_peft(tmp_path):

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from . import blocks_native as native
-from . import blocks_stacked as stacked
 from .blocks_common import Block, BlockForward
 from .blocks_experts import ExpertForm, expert_activation, expert_form, expert_leaf_names, mlp_experts
 from .blocks_remote import is_moe_infer_block, moe_infer_forward
@@ -47,26 +46,12 @@ def _longcat_experts(block: Block) -> bool:
     return mlp_experts(getattr(block, "experts", None), identities=True) == block.config.n_routed_experts
 
 
-def _granite_experts(block: Block) -> bool:
-    """Both projections are stacks, and the router has the parts from which the choice is computed."""
-    router = block.router
-    stacks = all(getattr(linear.weight, "ndim", 0) == 3 for linear in (block.input_linear, block.output_linear))
-    return stacks and isinstance(getattr(router, "layer", None), nn.Module) and hasattr(router, "top_k")
-
-
-def _aria_experts(block: Block) -> bool:
-    """The experts are the pair of stacks `fc1`, `fc2`, and the router is a bare linear."""
-    parts = [getattr(block.experts, name, None) for name in ("fc1", "fc2")]
-    return all(isinstance(part, nn.Module) for part in parts) and hasattr(block.router, "out_features")
-
-
 _MIXTRAL = _Known(native.mixtral_forward, ("gate",), ("top_k", "jitter_noise"))
 _QWEN = _Known(native.qwen_moe_forward, ("gate",), ("top_k", "norm_topk_prob"))
 _QWEN_SHARED = _Known(
     native.qwen_moe_shared_forward, ("gate", "shared_expert", "shared_expert_gate"), ("top_k", "norm_topk_prob")
 )
 _DEEPSEEK_V3 = _Known(native.deepseek_v3_forward, ("gate", "shared_experts"))
-_GRANITE = _Known(stacked.granite_moe_forward, ("router", "input_linear", "output_linear"), experts=_granite_experts)
 
 #: transformers.models.<family>.modeling_<family>, class of the block
 _NATIVE: dict[tuple[str, str], _Known] = {
@@ -94,12 +79,6 @@ _NATIVE: dict[tuple[str, str], _Known] = {
     ("glm4v_moe", "Glm4vMoeTextMoE"): _DEEPSEEK_V3,
     ("longcat_flash", "LongcatFlashMoE"): _Known(
         native.longcat_forward, ("router",), ("config",), experts=_longcat_experts
-    ),
-    ("granitemoe", "GraniteMoeMoE"): _GRANITE,
-    ("granitemoeshared", "GraniteMoeSharedMoE"): _GRANITE,
-    ("granitemoehybrid", "GraniteMoeHybridMoE"): _GRANITE,
-    ("aria", "AriaTextMoELayer"): _Known(
-        stacked.aria_forward, ("router", "experts", "shared_experts"), ("config",), experts=_aria_experts
     ),
 }
 

@@ -156,7 +156,8 @@ def _activation_key(expert: nn.Module) -> str | None:
     for name, child in expert.named_children():
         if child is form.activation:
             return name
-    function, options = form.activation, ""
+    function: Any = form.activation
+    options = ""
     if isinstance(function, functools.partial):
         function, options = function.func, str(sorted(function.keywords.items()))
     key = f"{id(function)} {options}"

@@ -12,14 +12,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..ops.activation import SILU_GATED
-from .blocks import expert_activation, expert_leaf_names, find_block_forward
+from .blocks import expert_activation, expert_form, find_block_forward
 from .spec import ExpertsSpec, Part, ProjectionSpec
 from .stacked import is_silu
 
 
+def _first(base: nn.Module) -> nn.Module:
+    return next(iter(base.children()))
+
+
 def _activation(base: nn.Module) -> Callable[[Tensor], Tensor]:
-    found = expert_activation(next(iter(base.children())))
-    assert found is not None  # a block whose experts have none is not run grouped
+    found = expert_activation(_first(base))
+    assert found is not None  # `describe_modules` chose by it
     return found
 
 
@@ -30,6 +34,12 @@ def _gated(base: nn.Module, pre: Tensor) -> Tensor:
 
 def _ungated(base: nn.Module, pre: Tensor) -> Tensor:
     return _activation(base)(pre)
+
+
+def _fused(base: nn.Module, pre: Tensor) -> Tensor:
+    form = expert_form(_first(base))
+    assert form is not None
+    return form.activation(pre)
 
 
 def _linear_shape(linear: Any) -> tuple[int, int]:
@@ -57,26 +67,26 @@ def describe_modules(name: str, module: nn.Module, block: nn.Module) -> ExpertsS
         return None
     if all(_is_linear(child) for child in children.values()):
         return _single_linears(children)
-    leaves = {child_name: expert_leaf_names(child) for child_name, child in children.items()}
-    experts = tuple(child_name for child_name, found in leaves.items() if found is not None)
-    if not experts:
+    forms = {child_name: form for child_name, child in children.items() if (form := expert_form(child)) is not None}
+    if not forms:
         kinds = sorted({type(child).__name__ for child in children.values()})
         return _refuse(
-            f"none of its experts ({', '.join(kinds)}) has linears under the known names (gate_proj, up_proj, down_proj"
-            " or w1, w3, w2): adapt its linears through target_modules"
+            f"none of its experts ({', '.join(kinds)}) is an MLP of two or three linears and an activation: adapt its "
+            "linears through target_modules"
         )
-    if len({leaves[expert] for expert in experts}) > 1:
-        return _refuse(f"its experts have linears under different names: {sorted({str(leaves[e]) for e in experts})}")
-    gate, up, down = leaves[experts[0]]  # type: ignore[misc]
-    first = children[experts[0]]
-    names = [leaf_name for leaf_name in (gate, up, down) if leaf_name is not None]
-    shapes = {tuple(_linear_shape(getattr(children[e], leaf_name)) for leaf_name in names) for e in experts}
+    experts = tuple(forms)
+    form, first = forms[experts[0]], children[experts[0]]
+    leaves = {(one.gate, one.up, one.down, one.fused) for one in forms.values()}
+    if len(leaves) > 1:
+        return _refuse(f"its experts are not alike: {sorted(map(str, leaves))}")
+    gate, up, down = form.gate, form.up, form.down
+    names = [leaf for leaf in (gate, up, down) if leaf is not None]
+    shapes = {tuple(_linear_shape(getattr(children[expert], leaf)) for leaf in names) for expert in experts}
     if len(shapes) > 1:
         return _refuse(f"its experts differ in shape: {sorted(shapes)}")
     inner, hidden = _linear_shape(getattr(first, up))
-    has_bias = any(getattr(getattr(first, leaf_name), "bias", None) is not None for leaf_name in names)
-    activation = expert_activation(first)
-    block_forward = None if has_bias or activation is None else find_block_forward(block)
+    has_bias = any(getattr(getattr(first, leaf), "bias", None) is not None for leaf in names)
+    block_forward = None if has_bias else find_block_forward(block)
     if gate is None:
         projection = ProjectionSpec("up_proj", "gate_up_proj", inner, hidden, (Part(up),))
     else:
@@ -88,8 +98,8 @@ def describe_modules(name: str, module: nn.Module, block: nn.Module) -> ExpertsS
         num_experts=len(experts),
         projections=(projection, ProjectionSpec("down_proj", "down_proj", out_features, in_features, (Part(down),))),
         call=None,
-        activation=_ungated if gate is None else _gated,
-        closed_form=SILU_GATED if gate is not None and is_silu(activation) else None,
+        activation=_fused if form.fused else (_ungated if gate is None else _gated),
+        closed_form=SILU_GATED if gate is not None and not form.fused and is_silu(form.activation) else None,
         experts=experts,
         block_forward=block_forward,
         sentinels=len(experts) < len(children),

@@ -40,9 +40,17 @@ def native_works(device: torch.device, dtype: torch.dtype) -> bool:
 
     On CUDA only its fast path counts: elsewhere torch loops over the groups itself, with a host synchronisation.
     """
-    if _native is None or dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return False
-    if device.type == "cuda" and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (9, 0)):
+    reason = None
+    if _native is None:
+        reason = f"torch {torch.__version__} has none"
+    elif dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        reason = "its kernels know bfloat16, float16 and float32"
+    elif device.type == "cuda" and dtype != torch.bfloat16:
+        reason = "on CUDA it is fast in bfloat16 alone"
+    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        reason = "its fast kernel needs compute capability 9.0"
+    if reason is not None:
+        log_once(f"no grouped_mm on {device.type} with {dtype} ({reason}); experts run in a loop there")
         return False
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -83,7 +91,8 @@ def _runs_native(a: Tensor, b: Tensor, offsets: Tensor, backend: str) -> bool:
     if offsets.numel() > MAX_GROUPS:
         log_once(f"{offsets.numel()} experts are more than grouped_mm's {MAX_GROUPS} groups: they run in a loop")
         return False
-    if not _aligned(a, b) or (b.dim() == 3 and (b.stride(0) * b.element_size()) % _ALIGNMENT):
+    columns = b.shape[-1] * b.element_size()  # the result's row stride
+    if not _aligned(a, b) or columns % _ALIGNMENT or (b.dim() == 3 and b.stride(0) * b.element_size() % _ALIGNMENT):
         log_once(
             f"grouped_mm needs strides of whole {_ALIGNMENT} bytes, found shapes {tuple(a.shape)} and "
             f"{tuple(b.shape)} in {a.dtype}: these experts run in a loop"
@@ -118,7 +127,7 @@ def _loop_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
 def _rows_eager(rows: Tensor, weights: Tensor, offsets: Tensor, backend: str) -> Tensor:
     rows = rows.contiguous()
-    if _runs_native(rows, weights, offsets, backend) and (weights.shape[-1] * rows.element_size()) % _ALIGNMENT == 0:
+    if _runs_native(rows, weights, offsets, backend):
         return _native(rows, weights, offs=offsets)
     return _loop_rows(rows, weights, offsets)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 HIDDEN, INNER, EXPERTS, TOP_K = 32, 24, 6, 2
@@ -136,54 +135,12 @@ CASES = [
         },
         router="router",
     ),
-    Case("granitemoe", "GraniteMoeMoE", "GraniteMoeConfig", _LOCAL, router="router"),
-    Case("granitemoeshared", "GraniteMoeSharedMoE", "GraniteMoeSharedConfig", _LOCAL, router="router"),
-    Case(
-        "granitemoehybrid",
-        "GraniteMoeHybridMoE",
-        "GraniteMoeHybridConfig",
-        {**_LOCAL, "mamba_n_heads": 4},
-        router="router",
-    ),
-    Case(
-        "aria",
-        "AriaTextMoELayer",
-        "AriaTextConfig",
-        {
-            "hidden_size": HIDDEN,
-            "intermediate_size": INNER,
-            "moe_num_experts": EXPERTS,
-            "moe_topk": TOP_K,
-            "moe_num_shared_experts": 1,
-        },
-        router="router",
-    ),
 ]
 
 
 def experts_of(block: nn.Module) -> list[Callable[[Tensor], Tensor]]:
     """Each expert as a function `(n, H) -> (n, H)`; identities, which are no experts, are left out."""
-    if hasattr(block, "input_linear"):
-        return [_granite_expert(block, i) for i in range(block.input_linear.weight.shape[0])]
-    if hasattr(block.experts, "fc1"):
-        return [_aria_expert(block, i) for i in range(block.experts.fc1.weight.shape[0])]
     return [expert for expert in block.experts if not isinstance(expert, nn.Identity)]
-
-
-def _granite_expert(block: nn.Module, i: int) -> Callable[[Tensor], Tensor]:
-    def run(x: Tensor) -> Tensor:
-        gate, up = F.linear(x, block.input_linear.weight[i]).chunk(2, dim=-1)
-        return F.linear(block.activation(gate) * up, block.output_linear.weight[i])
-
-    return run
-
-
-def _aria_expert(block: nn.Module, i: int) -> Callable[[Tensor], Tensor]:
-    def run(x: Tensor) -> Tensor:
-        projection, gate = (x @ block.experts.fc1.weight[i]).to(x.dtype).chunk(2, dim=-1)
-        return ((F.silu(projection) * gate) @ block.experts.fc2.weight[i]).to(x.dtype)
-
-    return run
 
 
 def by_loop(block: nn.Module) -> Callable[..., Tensor]:

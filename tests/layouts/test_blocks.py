@@ -165,9 +165,8 @@ def test_arguments(case: Case) -> None:
     """By name as by position; an argument that the block does not have is refused as by the block."""
     block = case.build()
     forward, experts = find_block_forward(block), by_loop(block)
-    name = "layer_input" if case.family.startswith("granite") else "hidden_states"
     with torch.no_grad():
-        by_name, by_position = forward(block, experts, **{name: tokens()}), forward(block, experts, tokens())
+        by_name, by_position = forward(block, experts, hidden_states=tokens()), forward(block, experts, tokens())
     assert torch.equal(leaves(by_name)[0], leaves(by_position)[0])
     with pytest.raises(TypeError):
         forward(block, experts, tokens(), nonsense=1)
@@ -209,7 +208,7 @@ def test_look_alikes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_block_forward(block) is None
 
 
-@pytest.mark.parametrize("case", [case for case in OLD if not case.family.startswith(("granite", "aria"))], ids=str)
+@pytest.mark.parametrize("case", OLD, ids=str)
 def test_containers(case: Case) -> None:
     """A hole, a stranger or nothing at all in the list of experts: not taken. An adapted list: seen through."""
     block = case.build()

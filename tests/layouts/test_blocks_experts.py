@@ -174,7 +174,7 @@ def test_experts_that_look_at_dtypes(family: str, expert: str, config: dict, nam
     assert expert_activation(made) is made.act
 
 
-@pytest.mark.parametrize("case", [case for case in OLD if not case.family.startswith(("granite", "aria"))], ids=str)
+@pytest.mark.parametrize("case", OLD, ids=str)
 def test_every_family(case: Case) -> None:
     expert = case.build().experts[0]
     names = ("w1", "w3", "w2") if hasattr(expert, "w1") else ("gate_proj", "up_proj", "down_proj")

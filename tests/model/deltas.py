@@ -1,4 +1,4 @@
-"""Dense deltas of adapters, read from the parameters by name, and the tiny models they are tried on.
+"""Dense deltas of adapters, read from the parameters by name.
 
 `W + sum of scaling * B A` written into a copy of the base is the reference of these tests: it shares no code with the
 package.
@@ -7,41 +7,17 @@ package.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tests.remote_code import RemoteConfig, RemoteForCausalLM
-from tests.zoo import ENTRIES, first_floating
-from tests.zoo.builder import reinitialise
-from tests.zoo.entry import token_ids
+from tests.zoo import first_floating
 from tests.zoo.views import weight_views
 
 #: (path of the experts module, "up" or "down") -> `(E, out, in)` float64
 Deltas = dict[tuple[str, str], Tensor]
-
-SCALE = 0.5  # large enough that an adapter left out, or counted twice, cannot hide in rounding
-
-
-def _remote() -> nn.Module:
-    model = RemoteForCausalLM(RemoteConfig(vocab_size=64, hidden_size=64, moe_intermediate_size=40))
-    reinitialise(model)
-    return model.eval()
-
-
-#: Stacked parameters, interleaved and with biases, and a list of experts: on transformers 4 `qwen3_moe` is a list too.
-BUILDERS: dict[str, Callable[[], nn.Module]] = {
-    "qwen3_moe": ENTRIES["qwen3_moe"].build,
-    "gpt_oss": ENTRIES["gpt_oss"].build,
-    "remote_list": _remote,
-}
-
-
-def text(model: nn.Module) -> dict[str, Any]:
-    """Token ids (2, 8) for any of the models."""
-    return {"input_ids": token_ids()} if isinstance(model, RemoteForCausalLM) else ENTRIES["qwen3_moe"].inputs(model)
 
 
 @torch.no_grad()
@@ -51,7 +27,7 @@ def logits(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Tenso
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, adapter: str, seed: int = 0, scale: float = SCALE) -> None:
+def randomise(model: nn.Module, adapter: str, seed: int = 0, scale: float = 0.5) -> None:
     """Give every factor of an adapter, on experts and on linears, normal values."""
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in model.named_parameters():

@@ -8,65 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
-from peft.helpers import rescale_adapter_scale
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peft_moe import MoELoraConfig, MoELoraLayer
-from tests.model.deltas import BUILDERS, add, deltas, logits, randomise, text, with_deltas
+from tests.model.deltas import add, deltas, logits, randomise, with_deltas
+from tests.model.tiny import (
+    BUILDERS,
+    CLOSE,
+    EXPERTS,
+    MODELS,
+    adapter_parameters,
+    config,
+    experts_of,
+    stock_layers,
+    text,
+    three_adapters,
+    trainable,
+)
 from tests.reference import relative
 from tests.zoo import ENTRIES
-
-MODELS = list(BUILDERS)
-EXPERTS = {"qwen3_moe": 4, "gpt_oss": 4, "remote_list": 8}
-CLOSE = 2e-5
-
-
-def config(**options: Any) -> MoELoraConfig:
-    values: dict[str, Any] = {"r": 3, "lora_alpha": 6, "target_modules": [], "init_lora_weights": False}
-    return MoELoraConfig(**(values | options))
-
-
-def experts_of(model: nn.Module) -> list[MoELoraLayer]:
-    return [module for module in model.modules() if isinstance(module, MoELoraLayer)]
-
-
-def stock_layers(model: nn.Module) -> list[str]:
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and not isinstance(module, MoELoraLayer)
-    ]
-
-
-def trainable(model: nn.Module) -> set[str]:
-    return {key for key, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    return {
-        key: parameter
-        for key, parameter in model.named_parameters()
-        if re.search(rf"\.lora_\w+\.{adapter}(\.weight)?$", key)
-    }
-
-
-def three_adapters(name: str) -> tuple[nn.Module, PeftModel, dict[str, Any]]:
-    """Base, model, and the deltas of three adapters that differ in rank, targets, experts and scaling."""
-    base = BUILDERS[name]()
-    model = get_peft_model(copy.deepcopy(base), config(target_experts=["gate_up_proj"]), adapter_name="x")
-    model.add_adapter("y", config(r=5, lora_alpha=2, target_experts=["down_proj"], expert_indices=[0, 2]))
-    layers = {1: [1, 2, 3]}
-    model.add_adapter("z", config(r=4, lora_alpha=3, use_rslora=True, expert_indices=layers))
-    for seed, adapter in enumerate("xyz"):
-        randomise(model, adapter, seed, scale=0.2)
-    count = EXPERTS[name]
-    return base, model, {
-        "x": deltas(model, "x", 2.0, num_experts=count),
-        "y": deltas(model, "y", 0.4, [0, 2], num_experts=count),
-        "z": deltas(model, "z", 1.5, layers, num_experts=count),
-    }
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -117,7 +77,7 @@ def test_delete_adapter(name: str) -> None:
     assert relative(logits(model, inputs), logits(with_deltas(base, expected["x"]), inputs)) < CLOSE
     assert model.active_adapters == ["x"]
     model.delete_adapter("x")  # the last: PEFT's outer model then has none to ask, the inner one still runs
-    assert relative(logits(model.get_base_model(), inputs), logits(base, inputs)) < 1e-6
+    assert relative(logits(model.base_model, inputs), logits(base, inputs)) < 1e-6
     assert not [key for key in model.state_dict() if "lora_" in key]
     model.add_adapter("new", config(r=2, lora_alpha=2))
     model.set_adapter("new")
@@ -228,8 +188,8 @@ def test_modules_to_save(name: str, tmp_path: Any) -> None:
     for _ in range(2):
         model(**inputs).logits.square().mean().backward()
         optimizer.step()
-    parameters = dict(model.named_parameters())
-    assert any(parameters[key].grad.abs().sum() > 0 for key in saved if f".{gate}." in key), "the router did not train"
+    weights = [parameter for key, parameter in model.named_parameters() if key in saved and key.endswith("weight")]
+    assert weights and all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in weights)
     found = logits(model, inputs)
     model.save_pretrained(tmp_path)
     reloaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
@@ -347,92 +307,6 @@ def test_inference_mode_before_training(name: str) -> None:
         model(**inputs)
     model(**inputs).logits.square().mean().backward()
     assert all(p.grad is not None for p in adapter_parameters(model, "default").values())
-
-
-def test_mixed_tuners_are_refused() -> None:
-    with pytest.raises(ValueError, match="MOELORA.*not compatible"):
-        get_peft_model(BUILDERS["qwen3_moe"](), config(), mixed=True)
-    stock = LoraConfig(r=3, target_modules=["q_proj"])
-    model = get_peft_model(BUILDERS["qwen3_moe"](), stock, adapter_name="stock", mixed=True)
-    with pytest.raises(ValueError, match="MOELORA.*not compatible"):
-        model.add_adapter("ours", config())
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_status(name: str) -> None:
-    _, model, _ = three_adapters(name)
-    model.set_adapter("x")
-    status = get_model_status(model)
-    assert status.peft_types == {"x": "MOELORA", "y": "MOELORA", "z": "MOELORA"}
-    assert status.enabled is True
-    assert status.active_adapters == ["x"]
-    assert status.merged_adapters == []
-    assert status.requires_grad == {"x": True, "y": False, "z": False}
-    assert status.available_adapters == ["x", "y", "z"]
-    assert status.devices == {"x": ["cpu"], "y": ["cpu"], "z": ["cpu"]}
-    assert status.trainable_params == sum(p.numel() for p in adapter_parameters(model, "x").values())
-    assert status.total_params == sum(p.numel() for p in model.parameters())
-    model.merge_adapter()
-    assert get_model_status(model).merged_adapters == ["x"]
-    model.unmerge_adapter()
-    with model.disable_adapter():
-        assert get_model_status(model).enabled is False
-    layers = {one.name: one for one in get_layer_status(model)}
-    experts = [key for key in layers if key.endswith("layers.1.mlp.experts")]
-    assert len(experts) == 1 and layers[experts[0]].module_type == "MoELoraLayer"
-    assert layers[experts[0]].available_adapters == ["x", "y", "z"]
-    assert layers[f"{experts[0]}.gate_up_proj"].requires_grad == {"x": True, "z": False}
-    assert layers[f"{experts[0]}.down_proj"].available_adapters == ["y", "z"]
-
-
-def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
-    model = get_peft_model(BUILDERS["qwen3_moe"](), config())
-    model.print_trainable_parameters()
-    # two layers of four experts: A (3, 64) and B (80, 3), then A (3, 40) and B (64, 3)
-    count = 2 * 4 * 3 * (64 + 80 + 40 + 64)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    assert f"trainable params: {count:,} || all params: {total:,}" in capsys.readouterr().out
-    assert model.get_nb_trainable_parameters() == (count, total)
-
-
-def test_set_requires_grad() -> None:
-    _, model, _ = three_adapters("qwen3_moe")
-    model.set_adapter("x")
-    model.set_requires_grad(["y", "z"])
-    assert trainable(model) == {key for one in "xyz" for key in adapter_parameters(model, one)}
-    model.set_requires_grad("x", requires_grad=False)
-    assert trainable(model) == {key for one in "yz" for key in adapter_parameters(model, one)}
-    assert model.active_adapters == ["x"]
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_rescale_adapter_scale(name: str) -> None:
-    base, model, _ = three_adapters(name)
-    inputs = text(base)
-    model.base_model.set_adapter(["x", "y"])
-    before = logits(model, inputs)
-    count = EXPERTS[name]
-    halved = add(deltas(model, "x", 1.0, num_experts=count), deltas(model, "y", 0.2, [0, 2], num_experts=count))
-    with rescale_adapter_scale(model, 0.5):
-        assert relative(logits(model, inputs), logits(with_deltas(base, halved), inputs)) < CLOSE
-        model.merge_adapter()
-        assert relative(logits(model, inputs), logits(with_deltas(base, halved), inputs)) < CLOSE
-        model.unmerge_adapter()
-    assert torch.equal(logits(model, inputs), before)
-    with rescale_adapter_scale(model, 0):
-        assert relative(logits(model, inputs), logits(base, inputs)) < 1e-6
-
-
-def test_rescaling_keeps_the_proportions_of_a_pattern() -> None:
-    base = BUILDERS["qwen3_moe"]()
-    inputs = text(base)
-    options = config(expert_alpha_pattern={r".*\.1": 12}, expert_rank_pattern={r".*\.2": 1})
-    model = get_peft_model(copy.deepcopy(base), options)
-    for multiplier in (1.0, 0.5):
-        scaling = [2 * multiplier, 4 * multiplier, 6 * multiplier, 2 * multiplier]
-        expected = deltas(model, "default", scaling, ranks=[3, 3, 1, 3])
-        with rescale_adapter_scale(model, multiplier):
-            assert relative(logits(model, inputs), logits(with_deltas(base, expected), inputs)) < CLOSE
 
 
 @pytest.mark.parametrize("name", MODELS)

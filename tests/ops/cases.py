@@ -94,9 +94,7 @@ def stacks(
     if not draw(st.sampled_from([True, True, False])):
         return loops.Stack(weight, bias)
     rank = draw(RANKS)
-    return loops.Stack(
-        weight, bias, normal(experts, rank, into, fan_in=into), normal(experts, out, rank, fan_in=rank)
-    )
+    return loops.Stack(weight, bias, normal(experts, rank, into, fan_in=into), normal(experts, out, rank, fan_in=rank))
 
 
 @st.composite

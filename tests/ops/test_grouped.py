@@ -69,32 +69,37 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
-def run(experts: int, into: int, out: int, dtype: torch.dtype, backend: str) -> None:
-    grouped_mm(
-        torch.randn(4, into).to(dtype), torch.randn(experts, into, out).to(dtype),
-        offsets_of([4] + [0] * (experts - 1)), backend,
-    )  # fmt: skip
+def run(experts: int, into: int, out: int, dtype: torch.dtype, backend: str, transposed: bool = False) -> None:
+    matrices = laid_out(torch.randn(experts, into, out).to(dtype), transposed)
+    grouped_mm(torch.randn(4, into).to(dtype), matrices, offsets_of([4] + [0] * (experts - 1)), backend)
 
 
-NEEDS_NATIVE = pytest.mark.skipif(not native_works(CPU, torch.float32), reason="this torch has no grouped_mm on the CPU")
+NEEDS_NATIVE = pytest.mark.skipif(not native_works(CPU, torch.float32), reason="no grouped_mm on the CPU in this torch")
 
 
 @NEEDS_NATIVE
 @pytest.mark.parametrize(
-    ("experts", "into", "out", "dtype", "said"),
+    ("experts", "into", "out", "dtype", "transposed", "said"),
     [
-        (1025, 8, 8, torch.float32, "1025 experts"),
-        (2, 8, 5, torch.float32, "16 bytes"),
-        (2, 5, 8, torch.float32, "16 bytes"),
-        (2, 12, 8, torch.bfloat16, "16 bytes"),
-        (2, 8, 8, torch.float64, "float64"),
+        (1025, 8, 8, torch.float32, False, "1025 experts"),
+        (2, 8, 5, torch.float32, False, "16 bytes"),
+        (2, 8, 5, torch.float32, True, "16 bytes"),
+        (2, 5, 8, torch.float32, False, "16 bytes"),
+        (2, 12, 8, torch.bfloat16, False, "16 bytes"),
+        (2, 8, 8, torch.float64, False, "float64"),
     ],
 )
 def test_fallback_is_said_once(
-    experts: int, into: int, out: int, dtype: torch.dtype, said: str, log: pytest.LogCaptureFixture
+    experts: int,
+    into: int,
+    out: int,
+    dtype: torch.dtype,
+    transposed: bool,
+    said: str,
+    log: pytest.LogCaptureFixture,
 ) -> None:
     for _ in range(2):
-        run(experts, into, out, dtype, "grouped_mm")
+        run(experts, into, out, dtype, "grouped_mm", transposed)
     assert len(log.messages) == 1 and said in log.messages[0] and "loop" in log.messages[0]
 
 

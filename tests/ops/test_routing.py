@@ -93,7 +93,7 @@ def test_combine(case: tuple[Tensor, int], dtype: torch.dtype, weight_dtype: tor
     routing = route(index, experts, sentinels=True)
     rows = torch.randn(index.numel(), width).to(dtype)
     weights = torch.rand(tokens, top_k).to(weight_dtype).requires_grad_()
-    wide_rows, wide_weights = (one.detach().double().requires_grad_() for one in (rows, weights))
+    wide_rows, wide_weights = (one.detach().clone().double().requires_grad_() for one in (rows, weights))
     expected = torch.zeros(tokens, width, dtype=torch.float64)
     places = sorted((int(expert), place) for place, expert in enumerate(index.flatten()))
     for row, (expert, place) in enumerate(places):
