@@ -28,6 +28,7 @@ import random
 import sys
 import sysconfig
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,15 @@ from transformers import (
     Qwen3MoeForCausalLM,
     set_seed,
 )
+from transformers.utils import logging as transformers_logging
 
 from peft_moe import MoELoraConfig
 
 matplotlib.use("Agg")  # write a file, never open a window
 import matplotlib.pyplot as plt  # noqa: E402
+
+transformers_logging.disable_progress_bar()  # one bar at a time, and it is ours
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks transformers by an old name
 
 HELD_OUT_BLOCKS = 96  # enough for a loss that is steady to the second digit, few enough to evaluate often
 console = Console(soft_wrap=True)

@@ -149,6 +149,16 @@ class MoELoraConfig(LoraConfig):
         super().save_pretrained(save_directory, **kwargs)
         add_loading_section(save_directory, self)
 
+    def to_dict(self) -> dict[str, Any]:
+        """See PEFT. Of several patterns the first match counts, and PEFT sorts keys in its JSON: where that would change
+        their order, patterns are written as pairs.
+        """
+        found = super().to_dict()
+        for option in ("expert_rank_pattern", "expert_alpha_pattern"):
+            if list(found[option]) != sorted(found[option]):
+                found[option] = [list(pair) for pair in found[option].items()]
+        return found
+
     # --- checks --------------------------------------------------------------------------------------------------
 
     def _check_format(self) -> None:
@@ -196,7 +206,8 @@ class MoELoraConfig(LoraConfig):
         if self.expert_indices is None:
             return
         if isinstance(self.expert_indices, dict):  # JSON has only string keys
-            self.expert_indices = {int(key): self._indices(value) for key, value in self.expert_indices.items()}
+            by_layer = {int(key): self._indices(value) for key, value in self.expert_indices.items()}
+            self.expert_indices = dict(sorted(by_layer.items()))
         else:
             self.expert_indices = self._indices(self.expert_indices)
 

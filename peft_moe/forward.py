@@ -163,7 +163,8 @@ def _project(
         joined = join_and_pad([for_ops(a, b, settings, layer.spec, dtype)])
         adapted = out + mask_rows(lora_linear(dropped, *joined, offsets, backend), routing.valid)
         if settings.use_dora:
-            adapted = adapted * _dora_scale(layer, name, projection, a, b)[routing.experts].to(dtype)
+            scale = _dora_scale(layer, name, projection, a, b)[routing.experts].to(dtype)
+            adapted = mask_rows(adapted * scale, routing.valid)  # again: what flows back to the scale is masked here
         out = adapted if row_adapter is None else torch.where(row_adapter == number, adapted, out)
     bias = _bias(layer, projection, dtype)
     return out if bias is None else out + bias[routing.experts]

@@ -22,9 +22,16 @@ if TYPE_CHECKING:
     from .model import MoELoraModel
 
 
+_ADDING = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # add factors, or deltas with "_svd"
+_COMBINATIONS = ("svd", "cat", *_ADDING, *(f"{name}_svd" for name in _ADDING if name != "linear"))
+
+
 @dataclass
 class Plan:
-    """One combination of adapters. `rank`, `targets`, `indices`, `split` are those of the new adapter's experts."""
+    """One combination of adapters. `rank`, `targets`, `indices`, `split` are those of the new adapter's experts.
+
+    layers: `layers_to_transform` of the new adapter, on linears too.
+    """
 
     adapters: Sequence[str]
     weights: Sequence[float]
@@ -33,6 +40,7 @@ class Plan:
     targets: list[str]
     indices: dict[int, list[int]] | None
     split: bool
+    layers: list[int] | int | None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -41,10 +49,15 @@ def plan(
 ) -> Plan:
     """What the new adapter looks like on experts.
 
-    Raises `ValueError` where adapters cannot be combined: DoRA on experts, or different ranks with a combination that
-    adds factors.
+    Raises `ValueError` where adapters cannot be combined: DoRA on experts, different ranks with a combination that adds
+    factors, or modules that one config cannot describe. Nothing is changed then.
     """
+    unknown = [name for name in adapters if name not in model.peft_config]
+    if unknown:
+        raise ValueError(f"Adapter {unknown[0]} does not exist, found {', '.join(model.peft_config)}")
     combination = "linear" if len(adapters) == 1 else combination
+    if combination not in _COMBINATIONS:
+        raise ValueError(f"Invalid combination_type: {combination}, expected one of {', '.join(_COMBINATIONS)}")
     having = [
         (layer, name, layer.adapters[name])
         for layer in model.expert_layers
@@ -80,9 +93,41 @@ def plan(
             break
         assert indices is not None
         indices[number] = sorted({*indices.get(number, ()), *settings.experts})
+    configs = [model.peft_config[name] for name in adapters]
+    layers = _layers(configs) if configs else None
+    for layer, name, _ in having:
+        if not model._asks_for(replace(configs[0], layers_to_transform=layers), layer.name):
+            raise ValueError(
+                f"{layer.name}: adapter {name!r} is on these experts, and the new adapter takes its modules from the "
+                f"config of {adapters[0]!r}, which leaves them out (`exclude_modules`, `modules_to_save` or "
+                "`layers_pattern`). Name an adapter that has them first, or combine adapters on the same modules."
+            )
     return Plan(
-        list(adapters), list(weights), combination, rank, [t for t in TARGETS if t in covered], indices, split, options
+        adapters=list(adapters),
+        weights=list(weights),
+        combination=combination,
+        rank=rank,
+        targets=[target for target in TARGETS if target in covered],
+        indices=indices,
+        split=split,
+        layers=layers,
+        options=options,
     )
+
+
+def _layers(configs: Sequence[MoELoraConfig]) -> list[int] | int | None:
+    """The layers of all adapters together; `None`: all. Raises `ValueError` where their linears do not allow that."""
+    given = [config.layers_to_transform for config in configs]
+    if all(one == given[0] for one in given):
+        return given[0]
+    if any(config.target_modules != configs[0].target_modules for config in configs):
+        raise ValueError(
+            "adapters that differ both in `layers_to_transform` and in `target_modules` cannot be combined: the new "
+            "adapter would be on linears that none of them adapts."
+        )
+    if any(one is None or one == [] for one in given):
+        return None
+    return sorted({layer for one in given for layer in (one if isinstance(one, list) else [one])})
 
 
 def _targets(layer: MoELoraLayer, names: Sequence[str], target: str) -> bool:
@@ -117,12 +162,11 @@ def adjusted(model: MoELoraModel, config: MoELoraConfig) -> MoELoraConfig:
         "split_gate_up": current.split,
         "share_experts": None,
         "init_lora_weights": True,
+        "use_rslora": False,  # the scalings are in the factors: that of the new adapter is alpha / r = 1
+        "layers_to_transform": current.layers,
     }
     if current.rank:
-        changes |= {
-            "expert_r": current.rank,
-            "expert_alpha": math.sqrt(current.rank) if config.use_rslora else float(current.rank),
-        }
+        changes |= {"expert_r": current.rank, "expert_alpha": float(current.rank)}
     return replace(config, **changes)
 
 
@@ -159,12 +203,13 @@ def _combine_expert(
         if expert not in experts:
             continue
         position = list(experts).index(expert)
+        unscaled = replace(settings, factor=1.0, scaling=None)
         if slot in settings.slots(projection):
-            a, b = slot_factors(layer.projections[slot], name, settings, 1.0)
+            a, b = slot_factors(layer.projections[slot], name, unscaled, 1.0)
         else:
-            a, b = factors(layer.projections, name, settings, 1.0, projection)
-        found.append((a[position].float(), b[position].float()))  # b carries the expert's relative scaling
-        shares.append((float(weight), layer.scaling[name]))
+            a, b = factors(layer.projections, name, unscaled, 1.0, projection)
+        found.append((a[position].float(), b[position].float()))
+        shares.append((float(weight), float(settings.expert_scaling(position, layer.scaling[name]))))
     if not found:
         return torch.zeros(0, projection.in_features), torch.zeros(projection.out_features, 0)
     scales = [weight * scaling for weight, scaling in shares]
@@ -177,10 +222,16 @@ def _combine_expert(
         weights = torch.tensor([weight for weight, _ in shares], device=device)
         base = current.combination.removesuffix("svd").removesuffix("_") or "linear"
         return _svd(_add(base, deltas, weights, current.options), current)
+    found = [_padded(a, b, current.rank) for a, b in found]
     signs = torch.tensor([1.0 if scale >= 0 else -1.0 for scale in scales], device=device)
     roots = torch.tensor([math.sqrt(abs(scale)) for scale in scales], device=device)
     a = _add(current.combination, [a for a, _ in found], roots * signs, current.options)
     return a, _add(current.combination, [b for _, b in found], roots, current.options)
+
+
+def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - a.shape[0]
+    return torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
 
 
 def _add(combination: str, tensors: list[Tensor], weights: Tensor, options: dict[str, Any]) -> Tensor:

@@ -266,12 +266,17 @@ def test_expert_indices_of_layers_give_the_number_of_adapters():
 
 
 @pytest.mark.parametrize(
-    "target_modules, expected",
-    [(None, {"q_proj", "v_proj"}), ([], set()), (["k_proj"], {"k_proj"})],
+    "name, target_modules, expected",
+    [
+        ("mixtral", None, {"q_proj", "v_proj"}),  # as PEFT's table says
+        ("phimoe", None, set()),  # not in PEFT's table
+        ("mixtral", [], set()),
+        ("mixtral", ["k_proj"], {"k_proj"}),
+    ],
 )
-def test_target_modules(target_modules, expected):
-    model = get_peft_model(build(), MoELoraConfig(r=2, target_modules=target_modules))
-    found = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_A" in name}
+def test_target_modules(name, target_modules, expected):
+    model = get_peft_model(ENTRIES[name].build(), MoELoraConfig(r=2, target_modules=target_modules))
+    found = {key.split(".lora_A")[0].rpartition(".")[2] for key, _ in model.named_parameters() if ".lora_A" in key}
     assert found - {"gate_up_proj", "down_proj"} == expected
     assert len(adapted(model)) == 2
 
@@ -327,8 +332,20 @@ def test_json_round_trip(config):
 
 
 def comparable(config: MoELoraConfig) -> dict[str, Any]:
-    """The fields with their exact types: `1 == 1.0 == True`, but their JSON differs."""
+    """The fields with their types and the order of their patterns: neither `1.0` and `1` nor two orders differ by `==`."""
     return {key: sorted(one) if isinstance(one, set) else one for key, one in config.to_dict().items()}
+
+
+def test_order_of_patterns_survives(tmp_path):
+    """The first match counts: PEFT's sorted JSON would give expert 1 the rank of its layer."""
+    ranks = {r"layers\.0\.mlp\.experts\.1": 2, r"layers\.0\..*": 4}
+    assert list(ranks) != sorted(ranks)
+    config = MoELoraConfig(r=3, target_modules=[], expert_rank_pattern=ranks, expert_alpha_pattern=ranks)
+    config.save_pretrained(tmp_path)
+    back = PeftConfig.from_pretrained(tmp_path)
+    assert list(back.expert_rank_pattern.items()) == list(back.expert_alpha_pattern.items()) == list(ranks.items())
+    layer = get_peft_model(build(), back).base_model.model.model.layers[0].mlp.experts
+    assert layer.adapters["default"].ranks == (4, 2, 4, 4)
 
 
 def test_json_of_share_experts_and_layout(tmp_path):
