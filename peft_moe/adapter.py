@@ -56,13 +56,21 @@ def pack(padded: Tensor, settings: AdapterSettings) -> Tensor:
 
 
 def slot_factors(
-    adapter: ProjectionAdapter, name: str, settings: AdapterSettings, scaling: float
+    adapter: ProjectionAdapter,
+    name: str,
+    settings: AdapterSettings,
+    scaling: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A `(E', r, in)` and B `(E', out, r)` of one slot, shared factors expanded, the scaling folded into B.
 
-    Args: scaling: the nominal one of the adapter; that of each expert is relative to it.
+    Args:
+        scaling: the nominal one of the adapter; that of each expert is relative to it.
+        dtype: in which to scale, so that a 16-bit B is not rounded once more; `None`: that of the parameters.
     """
     a, b = adapter.lora_A[name], adapter.lora_B[name]
+    if dtype is not None:
+        a, b = a.to(dtype), b.to(dtype)
     if settings.ragged:
         a, b = pad(a, settings), pad(b, settings).transpose(1, 2)
     else:
@@ -81,10 +89,11 @@ def factors(
     settings: AdapterSettings,
     scaling: float,
     projection: ProjectionSpec,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A `(E', r', in)` and B `(E', out, r')` of one projection; r' is 2r where gate and up have an A each."""
     slots = settings.slots(projection)
-    pairs = [slot_factors(adapters[slot], name, settings, scaling) for slot in slots]
+    pairs = [slot_factors(adapters[slot], name, settings, scaling, dtype) for slot in slots]
     if len(pairs) == 1:
         return pairs[0]
     (gate_a, gate_b), (up_a, up_b) = pairs

@@ -16,19 +16,19 @@ from .config import MoELoraConfig
 from .layouts import ExpertsSpec, ProjectionSpec
 from .ops.grouped import log_once
 from .settings import AdapterSettings, nominal_scaling, resolve
-from .weights import DenseStack, ExpertWeight, ModuleStack
+from .weights import ExpertWeight, open_modules, open_stacked
 
 
 def open_store(base: nn.Module, spec: ExpertsSpec, projection: ProjectionSpec, name: str) -> ExpertWeight:
     """The store of one projection's frozen weights. Raises `ValueError` for a storage this version cannot read."""
     shape = (spec.num_experts, projection.out_features, projection.in_features)
     if not spec.experts:
-        return DenseStack(base, [(part.path, part.transposed, part.flat) for part in projection.parts], shape, name)
+        return open_stacked(base, [(part.path, part.transposed, part.flat) for part in projection.parts], shape, name)
     linears = [
         [base.get_submodule(f"{expert}.{part.path}".rstrip(".")) for part in projection.parts]
         for expert in spec.experts
     ]
-    return ModuleStack(linears, shape, name)
+    return open_modules(linears, shape, name)
 
 
 def _parameters_are_created_on_meta() -> bool:
@@ -148,6 +148,8 @@ class MoELoraLayer(nn.Module, LoraLayer):
         self.use_rslora[adapter_name], self.use_dora[adapter_name] = config.use_rslora, config.use_dora
         self.scaling[adapter_name] = nominal_scaling(config)
         self.backend = config.experts_backend
+        for store in self.stores.values():
+            store.keep_built = config.dequantize == "cache"
         for slot, (a, b, magnitudes) in parameters.items():
             if slot not in self.projections:
                 setattr(self, slot, ProjectionAdapter(self.merged_adapters))

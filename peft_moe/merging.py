@@ -17,23 +17,27 @@ if TYPE_CHECKING:
 _CHUNK = 8  # experts whose fp32 weights are held at a time
 
 
-@torch.no_grad()
-def delta(layer: MoELoraLayer, projection: ProjectionSpec, names: Sequence[str], expert: int) -> Tensor | None:
-    """`(out, in)` fp32 (fp64 for fp64 weights): what the adapters, one after the other, add to one expert.
+def _wide(layer: MoELoraLayer, projection: ProjectionSpec) -> torch.dtype:
+    """fp32, or fp64 for fp64 weights."""
+    return torch.promote_types(layer.stores[projection.name].dtype, torch.float32)
 
-    `None` where none of them adapts it.
+
+def _delta(
+    layer: MoELoraLayer, projection: ProjectionSpec, pairs: dict[str, tuple[Tensor, Tensor]], expert: int
+) -> Tensor | None:
+    """`(out, in)`: what the adapters, one after the other, add to one expert. `None` where none of them adapts it.
+
+    Args: pairs: name of an adapter -> its A `(E', r, in)` and B `(E', out, r)`, scaled.
     """
-    wide = torch.promote_types(layer.stores[projection.name].dtype, torch.float32)
+    wide = _wide(layer, projection)
     weight = merged = None
     total: Tensor | None = None
-    for name in names:
+    for name, (a, b) in pairs.items():
         settings = layer.adapters[name]
-        experts = settings.adapted(layer.spec.num_experts)
-        if projection.name not in settings.projections or expert not in experts:
+        if expert not in settings.adapted(layer.spec.num_experts):
             continue
         position = expert if settings.experts is None else settings.experts.index(expert)
-        a, b = factors(layer.projections, name, settings, layer.scaling[name], projection)
-        low = b[position].to(wide) @ a[position].to(wide)
+        low = b[position] @ a[position]
         if not settings.use_dora:
             total = low if total is None else total + low
             continue
@@ -44,12 +48,19 @@ def delta(layer: MoELoraLayer, projection: ProjectionSpec, names: Sequence[str],
     return total
 
 
+@torch.no_grad()
 def _deltas(layer: MoELoraLayer, names: Sequence[str]) -> Iterator[tuple[ProjectionSpec, list[int], Tensor]]:
     """(projection, experts, `(E', out, in)` deltas), a chunk of experts at a time."""
     for projection in layer.spec.projections:
+        wide = _wide(layer, projection)
+        pairs = {
+            name: factors(layer.projections, name, layer.adapters[name], layer.scaling[name], projection, wide)
+            for name in names
+            if projection.name in layer.adapters[name].projections
+        }
         experts, deltas = [], []
         for expert in range(layer.spec.num_experts):
-            found = delta(layer, projection, names, expert)
+            found = _delta(layer, projection, pairs, expert)
             if found is not None:
                 experts.append(expert)
                 deltas.append(found)

@@ -18,6 +18,7 @@ class ExpertWeight(Protocol):
     """
 
     shape: tuple[int, int, int]
+    keep_built: bool  # keep 16-bit weights that had to be built (`dequantize="cache"`); nothing to do for dense ones
 
     @property
     def dtype(self) -> torch.dtype:

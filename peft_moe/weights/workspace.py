@@ -1,0 +1,31 @@
+"""One buffer a device and dtype, in which all quantized stacks rebuild their 16-bit weights, one after the other.
+
+A stack is read by the product that follows its building and by nothing later, so all layers can share the buffer: the
+work of one device is in order. Nothing of a stack's size outlives the call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def borrow(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor of this shape, valid until the next `borrow` on the same device and dtype."""
+    size = math.prod(shape)
+    buffer = _buffers.get((device, dtype))
+    if buffer is None or buffer.numel() < size:
+        _buffers.pop((device, dtype), None)  # free the smaller one first
+        del buffer
+        buffer = _buffers[device, dtype] = torch.empty(size, dtype=dtype, device=device)
+    return buffer[:size].view(*shape)
+
+
+def release() -> None:
+    """Free all buffers; the next `borrow` makes new ones."""
+    _buffers.clear()
