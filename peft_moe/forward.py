@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -83,10 +84,7 @@ def run_projection(layer: MoELoraLayer, rows: Tensor, offsets: Tensor) -> Tensor
     (projection,) = layer.spec.projections
     dtype = layer.stores[projection.name].dtype
     if layer.mixed_batch is not None:
-        raise ValueError(
-            f"{layer.name}: its rows arrive sorted by expert, so which sample a row belongs to is unknown: a batch "
-            "that mixes adapters (`adapter_names`) cannot run here. Run one adapter at a time."
-        )
+        check_mixed_batch(layer, layer.mixed_batch)
     out_dtype = rows.dtype
     with _without_autocast(rows.device):
         rows = rows.to(dtype)
@@ -94,6 +92,22 @@ def run_projection(layer: MoELoraLayer, rows: Tensor, offsets: Tensor) -> Tensor
         experts = torch.searchsorted(offsets, positions, right=True).clamp(max=layer.spec.num_experts - 1)
         routing = Routing(positions, positions, experts, offsets, 1, None)
         return _project(layer, projection, rows, routing, layer.active, None, dtype).to(out_dtype)
+
+
+def check_mixed_batch(layer: MoELoraLayer, names: Sequence[str]) -> None:
+    """Raise `ValueError` if a batch whose samples name these adapters (`adapter_names`) cannot run on a layer."""
+    if layer.merged_adapters:
+        raise ValueError(
+            f"{layer.name}: cannot pass `adapter_names` when there are merged adapters, found "
+            f"{', '.join(layer.merged_adapters)}. Call `unmerge_adapter` first."
+        )
+    found = sorted({name for name in names if name in layer.adapters})
+    if found and (layer.spec.one_by_one or len(layer.spec.projections) == 1):
+        kind = "this block calls its experts itself" if layer.spec.one_by_one else "its rows arrive sorted by expert"
+        raise ValueError(
+            f"{layer.name}: {kind}, so which sample a row belongs to is unknown: a batch that mixes adapters "
+            f"(`adapter_names` with {', '.join(found)}) cannot run here. Run one adapter at a time."
+        )
 
 
 def _taking_part(layer: MoELoraLayer) -> list[str]:
@@ -203,10 +217,7 @@ def adapt_linear(
     Args: rows: of the projection's output, which this linear computes. x: `(..., in)`. out: `(..., rows)`, with bias.
     """
     if layer.mixed_batch is not None:
-        raise ValueError(
-            f"{layer.name}: this block calls its experts itself, so which sample a row belongs to is unknown: a batch "
-            "that mixes adapters (`adapter_names`) cannot run here. Run one adapter at a time."
-        )
+        check_mixed_batch(layer, layer.mixed_batch)
     for name in layer.active:
         settings = layer.adapters[name]
         experts = settings.adapted(layer.spec.num_experts)

@@ -7,7 +7,7 @@ Büyükakyüz (arXiv 2406.01775). `"orthogonal"`: A and B in orthogonal subspace
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -66,9 +66,12 @@ def _orthogonal(a: Tensor, b: Tensor, ranks: Sequence[int], name: str) -> None:
         raise ValueError(f"{name}: orthogonal initialisation needs even ranks, found {odd}")
     a.zero_()
     b.zero_()
+    shared = a.shape[0] != b.shape[0]  # then every expert's factor has to be orthogonal to the one that all share
+    q = torch.empty(0)
     for expert in range(max(a.shape[0], b.shape[0])):
         rank = ranks[expert if len(ranks) > 1 else 0]
-        q, _ = torch.linalg.qr(torch.randn(rank, rank))
+        if expert == 0 or not shared:
+            q, _ = torch.linalg.qr(torch.randn(rank, rank))
         if expert < a.shape[0]:
             a[expert, :rank] = (q[0::2].T @ torch.randn(rank // 2, a.shape[2]) / 10).to(a)
         if expert < b.shape[0]:
@@ -100,17 +103,31 @@ def decompose(weight: Tensor, init: str, rank: int, scaling: float, name: str) -
 
 
 def take_out(
-    store: ExpertWeight, expert: int, rows: slice, a: Tensor, b: Tensor, init: str, rank: int, scaling: float, name: str
+    store: ExpertWeight,
+    experts: Sequence[int],
+    rows: slice,
+    a: Tensor,
+    b: Tensor,
+    init: str,
+    settings: AdapterSettings,
+    nominal: float,
+    name: str,
 ) -> None:
-    """Initialise one expert's A and B from the given rows of its weight, and leave the residual in the base."""
+    """Initialise A `(E', r, in)` and B `(E', out, r)` from rows of each expert's weight; the base keeps the residual."""
+
+    def residuals() -> Iterator[tuple[list[int], Tensor]]:
+        for position, expert in enumerate(experts):
+            rank, scaling = settings.ranks[position], settings.expert_scaling(position, nominal)
+            weight = store.materialize([expert], torch.float32)[0]
+            part_a, part_b = decompose(weight[rows], init, rank, scaling, name)
+            a[position, :rank] = part_a.to(a)
+            b[position, :, :rank] = part_b.to(b)
+            delta = torch.zeros_like(weight)
+            delta[rows] = -scaling * (part_b @ part_a)
+            yield [expert], delta.unsqueeze(0)
+
     with torch.no_grad():
-        weight = store.materialize([expert], torch.float32)[0]
-        part_a, part_b = decompose(weight[rows], init, rank, scaling, name)
-        a[:rank] = part_a.to(a)
-        b[:, :rank] = part_b.to(b)
-        delta = torch.zeros_like(weight)
-        delta[rows] = scaling * (part_b @ part_a)
-        store.add_(-delta.unsqueeze(0), [expert])
+        store.add_(residuals())
 
 
 def magnitudes(

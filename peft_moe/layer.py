@@ -179,11 +179,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
             magnitudes = torch.zeros(len(experts), out_features) if settings.use_dora else None
             if store.device.type != "meta":
                 if initialisation.decomposes(init):  # also where values come later: the base becomes the residual
-                    for position, expert in enumerate(experts):
-                        initialisation.take_out(
-                            store, expert, rows, a[position], b[position], str(init), settings.ranks[position],
-                            settings.expert_scaling(position, nominal), where,
-                        )  # fmt: skip
+                    initialisation.take_out(store, experts, rows, a, b, str(init), settings, nominal, where)
                 elif not awaits_values:
                     initialisation.fill(a, b, init, settings.ranks, where)
                 if settings.use_dora and not awaits_values:

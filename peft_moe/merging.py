@@ -49,43 +49,50 @@ def _delta(
 
 
 @torch.no_grad()
-def _deltas(layer: MoELoraLayer, names: Sequence[str]) -> Iterator[tuple[ProjectionSpec, list[int], Tensor]]:
-    """(projection, experts, `(E', out, in)` deltas), a chunk of experts at a time."""
-    for projection in layer.spec.projections:
-        wide = _wide(layer, projection)
-        pairs = {
-            name: factors(layer.projections, name, layer.adapters[name], layer.scaling[name], projection, wide)
-            for name in names
-            if projection.name in layer.adapters[name].projections
-        }
-        experts, deltas = [], []
-        for expert in range(layer.spec.num_experts):
-            found = _delta(layer, projection, pairs, expert)
-            if found is not None:
-                experts.append(expert)
-                deltas.append(found)
-            if len(experts) == _CHUNK or (experts and expert == layer.spec.num_experts - 1):
-                yield projection, experts, torch.stack(deltas)
-                experts, deltas = [], []
+def _deltas(
+    layer: MoELoraLayer, projection: ProjectionSpec, names: Sequence[str]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """(experts, `(E', out, in)` deltas) of one projection, a chunk of experts at a time."""
+    wide = _wide(layer, projection)
+    pairs = {
+        name: factors(layer.projections, name, layer.adapters[name], layer.scaling[name], projection, wide)
+        for name in names
+        if projection.name in layer.adapters[name].projections
+    }
+    experts, deltas = [], []
+    for expert in range(layer.spec.num_experts):
+        found = _delta(layer, projection, pairs, expert)
+        if found is not None:
+            experts.append(expert)
+            deltas.append(found)
+        if len(experts) == _CHUNK or (experts and expert == layer.spec.num_experts - 1):
+            yield experts, torch.stack(deltas)
+            experts, deltas = [], []
+
+
+def _adapted(layer: MoELoraLayer, names: Sequence[str]) -> list[ProjectionSpec]:
+    """The projections that one of the adapters adapts: the weights of the others are not touched."""
+    return [one for one in layer.spec.projections if any(one.name in layer.adapters[n].projections for n in names)]
 
 
 def add_deltas(layer: MoELoraLayer, names: Sequence[str]) -> None:
     """Add the adapters to the base weights in place."""
-    for projection, experts, deltas in _deltas(layer, names):
-        layer.stores[projection.name].add_(deltas, experts)
+    for projection in _adapted(layer, names):
+        layer.stores[projection.name].add_(_deltas(layer, projection, names))
 
 
 @torch.no_grad()
 def check_finite(layer: MoELoraLayer, names: Sequence[str]) -> None:
     """Raise `ValueError`, naming module and expert, if merging would leave a value that is not finite."""
-    for projection, experts, deltas in _deltas(layer, names):
+    for projection in _adapted(layer, names):
         store = layer.stores[projection.name]
-        merged = (store.materialize(experts, deltas.dtype) + deltas).to(store.dtype)
-        finite = torch.isfinite(merged).flatten(1).all(dim=1).tolist()
-        for expert, good in zip(experts, finite, strict=True):
-            if not good:
-                raise ValueError(
-                    f"NaNs detected in the merged weights. {layer.name}.{projection.name}: merging {', '.join(names)} "
-                    f"leaves values of expert {expert} that are not finite in {store.dtype}; the adapter seems broken. "
-                    "Nothing was changed."
-                )
+        for experts, deltas in _deltas(layer, projection, names):
+            merged = (store.materialize(experts, deltas.dtype) + deltas).to(store.dtype)
+            finite = torch.isfinite(merged).flatten(1).all(dim=1).tolist()
+            for expert, good in zip(experts, finite, strict=True):
+                if not good:
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. {layer.name}.{projection.name}: merging "
+                        f"{', '.join(names)} leaves values of expert {expert} that are not finite in {store.dtype}; "
+                        "the adapter seems broken. Nothing was changed."
+                    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -34,8 +34,11 @@ class ExpertWeight(Protocol):
     def materialize(self, experts: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """`(E', out, in)` of the given experts (`None`: all) in `dtype` (`None`: `self.dtype`)."""
 
-    def add_(self, delta: Tensor, experts: Sequence[int]) -> None:
-        """Add an fp32 `(E', out, in)` delta to the given experts; summed in fp32, rounded once."""
+    def add_(self, deltas: Iterable[tuple[Sequence[int], Tensor]]) -> None:
+        """Add fp32 deltas, each `(experts, (E', out, in))`; every expert is summed in fp32 and rounded once.
+
+        While the deltas are drawn, `materialize` still gives the weights of before for experts not yet drawn.
+        """
 
     def snapshot(self) -> Any:
         """A copy of the stored bytes, for `restore`."""

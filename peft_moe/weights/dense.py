@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -67,12 +67,13 @@ class _Dense:
         return torch.stack([torch.cat(self._rows(expert)) for expert in chosen]).to(dtype or self.dtype)
 
     @torch.no_grad()
-    def add_(self, delta: Tensor, experts: Sequence[int]) -> None:
-        for value, expert in zip(delta, experts, strict=True):
-            start = 0
-            for rows in self._rows(expert):
-                _add_rounded_once(rows, value[start : start + rows.shape[0]])
-                start += rows.shape[0]
+    def add_(self, deltas: Iterable[tuple[Sequence[int], Tensor]]) -> None:
+        for experts, delta in deltas:
+            for value, expert in zip(delta, experts, strict=True):
+                start = 0
+                for rows in self._rows(expert):
+                    _add_rounded_once(rows, value[start : start + rows.shape[0]])
+                    start += rows.shape[0]
 
     @torch.no_grad()
     def snapshot(self) -> list[Tensor]:

@@ -163,9 +163,7 @@ def test_attention_and_experts_together() -> None:
     torch.manual_seed(1)
     options = dict(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj"])
     mine = get_peft_model(copy.deepcopy(base), MoELoraConfig(init_lora_weights=False, **options))
-    theirs = get_peft_model(
-        base, LoraConfig(target_parameters=[f"experts.{target}" for target in BOTH], **options)
-    )
+    theirs = get_peft_model(base, LoraConfig(target_parameters=[f"experts.{target}" for target in BOTH], **options))
     values = {key.removesuffix(".default"): value.detach() for key, value in mine.named_parameters()}
     for wrapper, path in wrappers(theirs):
         a, b = stock_factors(values[f"{path}.lora_A"], values[f"{path}.lora_B"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -10,9 +9,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_moe import MoELoraLayer
 from tests.model.deltas import logits, randomise
-from tests.model.tiny import BUILDERS, CLOSE, config
+from tests.model.tiny import BUILDERS, CLOSE, config, experts_of
 from tests.reference import relative
 from tests.zoo import ENTRIES
 
@@ -25,13 +23,13 @@ def build(name: str) -> nn.Module:
     return BUILDERS[name]() if name in BUILDERS else ENTRIES[name].build()
 
 
-def mixed(base: nn.Module, scale: float = 0.3, **options: Any) -> PeftModel:
+def mixed(base: nn.Module, scale: float = 0.3) -> PeftModel:
     """A model with two adapters that differ in rank, projections, experts and scaling; `x` is active."""
     linears = [key.rpartition(".")[2] for key, module in base.named_modules() if isinstance(module, nn.Linear)]
     targets = [one for one in ("q_proj", "o_proj", "Wqkv") if one in linears]
-    model = get_peft_model(base, config(target_modules=targets, **options), adapter_name="x")
+    model = get_peft_model(base, config(target_modules=targets), adapter_name="x")
     second = {"target_experts": ["down_proj"], "expert_indices": [0, 2]}
-    model.add_adapter("y", config(r=5, lora_alpha=3, target_modules=targets[:1], **(second | options)))
+    model.add_adapter("y", config(r=5, lora_alpha=3, target_modules=targets[:1], **second))
     for seed, adapter in enumerate("xy"):
         randomise(model, adapter, seed, scale)
     return model.eval()
@@ -93,11 +91,7 @@ def test_generate(name: str, num_beams: int) -> None:
     assert torch.equal(found, torch.stack(expected))
 
 
-def test_dora_and_dropout() -> None:
-    model = mixed(BUILDERS["qwen3_moe"](), use_dora=True, lora_dropout=0.5)
-    for layer in model.modules():  # PEFT refuses DoRA on linears in a mixed batch
-        if hasattr(layer, "use_dora") and not isinstance(layer, MoELoraLayer):
-            layer.use_dora.clear()
+def test_dora_and_dropout() -> None:  # on experts alone: PEFT refuses DoRA on linears in a mixed batch
     model = get_peft_model(
         BUILDERS["qwen3_moe"](), config(use_dora=True, lora_dropout=0.5, expert_indices=[0, 3]), adapter_name="x"
     ).eval()
@@ -160,9 +154,9 @@ def test_blocks_that_cannot_mix_say_so_by_name(name: str) -> None:
     model.add_adapter("linears", config(target_modules=targets, target_experts=[]))
     randomise(model, "linears", 1)
     before = logits(model, inputs)
-    with pytest.raises(ValueError, match=r"layer\w*\.\d.*adapter_names|block\.\d.*adapter_names") as error:
+    with pytest.raises(ValueError, match="adapter_names") as error:
         model(**inputs, adapter_names=["x", "__base__"])
-    assert re.fullmatch(entry.experts_path + ".*", str(error.value).split(":")[0])
+    assert str(error.value).split(":")[0] in {layer.name for layer in experts_of(model)}
     assert torch.equal(logits(model, inputs), before), "the refused call left something behind"
     # Samples that need no expert adapter can mix.
     found = logits(model, inputs, adapter_names=["linears", "__base__"])

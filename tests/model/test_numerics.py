@@ -147,9 +147,7 @@ def test_an_expert_never_exceeds_its_rank(name: str, dora: bool, tmp_path: Path)
         optimizer.step()
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    sizes = {"gate_up_proj": None, "down_proj": None}
-    for (owner, slot), keys in adapter_keys(model).items():
-        assert slot in sizes
+    for (owner, _), keys in adapter_keys(model).items():
         ranks = RANKS[int(owner.split(".")[2])]
         a, b = (saved[keys[factor].removesuffix(".default")] for factor in ("lora_A", "lora_B"))
         assert a.numel() + b.numel() == sum(ranks) * (a.shape[-1] + b.shape[-1])
@@ -176,19 +174,20 @@ def check_ranks(model: PeftModel, base: nn.Module) -> None:
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("name", MODELS)
-def test_low_precision(name: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
+def test_low_precision(name: str, dora: bool, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     """Against float64 on the same rounded weights; as far from it as the base is from its own float64.
 
     All experts are chosen: with a choice, a rounded router may choose another one.
     """
     base = build_model(name, CLASSES[name], {"num_experts_per_tok": 4}).to(dtype)
     inputs = ENTRIES[name].inputs(base)
-    model = adapted(base)
+    model = adapted(base, use_dora=dora)
     for one in model.parameters():
         if one.requires_grad:
             one.data = one.data.to(adapter_dtype)
-    dense = Dense(base, model)
+    dense = Dense(base, model, Options(dora=dora))
     expected, wanted = dense.output(inputs).detach(), dense.gradients(inputs)
     with torch.no_grad():
         plain = relative(first_floating(base(**inputs)), first_floating(dense.base(**inputs)))
@@ -341,8 +340,8 @@ def test_checkpointing(name: str, options: dict[str, Any], reentrant: bool) -> N
         model.zero_grad()
         value = objective(first_floating(model(**inputs)))
         value.backward()
-        found.append((value.detach(), {key: one.grad for key, one in model.named_parameters() if one.requires_grad}))
-        found[-1][1].update({key: grad.clone() for key, grad in found[-1][1].items()})
+        grads = {key: one.grad.clone() for key, one in model.named_parameters() if one.requires_grad}
+        found.append((value.detach(), grads))
     (plain, grads), (again, again_grads) = found
     assert torch.equal(plain, again)
     for key, grad in grads.items():
