@@ -3,8 +3,8 @@
     python benchmarks/block.py                    # Qwen3-30B-A3B's block, on the GPU (tiny sizes on a CPU)
     python benchmarks/block.py --tokens 512 4096  --repeats 30
 
-Contenders: `frozen` (transformers' grouped experts, no adapter), `peft` (stock PEFT, `target_parameters`) and
-`peft-moe`. Times are medians of CUDA events; peak is the most memory allocated above the resident weights. Ratios
+Contenders: `frozen` (transformers' grouped experts, no adapter), `peft` (stock PEFT, `target_parameters`), `peft-moe`
+and `peft-moe:BACKEND`. Times are medians of CUDA events; peak is the most memory allocated above the resident weights. Ratios
 count: absolute times hold for one machine.
 """
 
@@ -76,7 +76,10 @@ def contender(name: str, shape: Shape, rank: int, device: torch.device, dtype: t
             target_parameters=["experts.gate_up_proj", "experts.down_proj"], init_lora_weights=False,
         )  # fmt: skip
     else:
-        config = MoELoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[], init_lora_weights=False)
+        config = MoELoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=[], init_lora_weights=False,
+            experts_backend=name.partition(":")[2] or "auto",
+        )  # fmt: skip
     return peft.get_peft_model(block, config, autocast_adapter_dtype=False)
 
 

@@ -60,15 +60,12 @@ transformers_logging.disable_progress_bar()  # one bar at a time, and it is ours
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks transformers by an old name
 
 HELD_OUT_BLOCKS = 96  # enough for a loss that is steady to the second digit, few enough to evaluate often
+PROMPT = "class Reader:\n    def read(self, "  # continued by the small model; your own continues your held-out text
 console = Console(soft_wrap=True)
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------
-
-
-def standard_library() -> Iterator[tuple[str, str]]:
-    """Yield (docstrings, source without docstrings) of every module of Python's standard library."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+def documented_code(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield (docstrings, source without docstrings) of every documented module below `root`, in the order of paths."""
     skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(root.rglob("*.py")):
@@ -79,7 +76,7 @@ def standard_library() -> Iterator[tuple[str, str]]:
             tree = ast.parse(source)
         except SyntaxError:  # a template, or a file kept broken on purpose
             continue
-        lines, docstrings = source.splitlines(), []
+        lines, docstrings = source.split("\n"), []
         for node in ast.walk(tree):
             if isinstance(node, documented) and (docstring := ast.get_docstring(node)):
                 docstrings.append(docstring)
@@ -96,7 +93,7 @@ def read_jsonl(path: Path) -> list[str]:
     if not path.is_file():
         sys.exit(f'--data {path}: no such file. Expected a JSON-lines file whose objects have a field "text".')
     texts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -105,9 +102,7 @@ def read_jsonl(path: Path) -> list[str]:
             sys.exit(f'{path}, line {number}: not JSON ({error}). Expected one object a line, like {{"text": "…"}}.')
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             found = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
-            sys.exit(
-                f'{path}, line {number}: no field "text" that holds a string; found: {found or "an empty object"}.'
-            )
+            sys.exit(f'{path}, line {number}: no field "text" that holds a string; found: {found or "nothing"}.')
         texts.append(record["text"])
     if len(texts) < 2:
         sys.exit(f"{path}: found {len(texts)} texts, expected at least 2: one to train on and one to hold out.")
@@ -131,12 +126,9 @@ def pack(texts: Iterable[str], tokenizer: Any, block_size: int, limit: int, what
     blocks = min(len(ids) // block_size, limit)
     if not blocks:
         sys.exit(
-            f"The {what} text has {len(ids)} tokens, expected at least {block_size}: add text or lower --block-size."
+            f"The {what} text has {len(ids)} tokens, expected {block_size} or more: add text or lower --block-size."
         )
     return torch.tensor(ids[: blocks * block_size]).view(blocks, block_size)
-
-
-# ---- a base ----------------------------------------------------------------------------------------------------------
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -172,9 +164,6 @@ def new_model(tokenizer: PreTrainedTokenizerFast, block_size: int) -> Qwen3MoeFo
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-
-
-# ---- training --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -227,9 +216,6 @@ def train(
     return curve
 
 
-# ---- what to look at -------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def logits_of(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """The model's logits in fp32 on the CPU: (batch, block_size, vocabulary)."""
@@ -244,8 +230,9 @@ def sample(model: Any, tokenizer: Any, prompt: torch.Tensor, seed: int, length: 
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=length,
+        min_new_tokens=length,
         do_sample=True,
-        temperature=0.6,
+        temperature=0.7,
         top_k=20,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
@@ -257,9 +244,7 @@ def draw(curve: list[tuple[int, float]], path: Path, title: str) -> None:
     steps, losses = zip(*curve, strict=True)
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=150)
     axes.axhline(losses[0], color="#8a8f98", linestyle="--", linewidth=1.6, label=f"base: {losses[0]:.3f}")
-    axes.plot(
-        steps, losses, color="#1f6feb", linewidth=2, marker="o", markersize=3.5, label=f"adapter: {losses[-1]:.3f}"
-    )
+    axes.plot(steps, losses, color="#1f6feb", linewidth=2, marker=".", label=f"adapter: {losses[-1]:.3f}")
     axes.set(title=title, xlabel="fine-tuning step", ylabel="held-out loss (nats per token)")
     axes.set_xlim(0, steps[-1])
     axes.grid(alpha=0.25)
@@ -276,9 +261,6 @@ def load_model(source: str, device: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device)
     except OSError as error:
         sys.exit(f"--model {source}: cannot be read. Expected a folder with a saved model, or a hub id.\n{error}")
-
-
-# ---- the whole way ---------------------------------------------------------------------------------------------------
 
 
 def train_base(docstrings: list[str], args: argparse.Namespace, device: str) -> str:
@@ -310,7 +292,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     set_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.model is None:
-        docstrings, texts = map(list, zip(*standard_library(), strict=True))
+        docstrings, texts = map(list, zip(*documented_code(Path(sysconfig.get_paths()["stdlib"])), strict=True))
         source, subject = train_base(docstrings, args, device), "source code"
     else:
         texts, source, subject = read_jsonl(args.data), args.model, args.data.name
@@ -322,6 +304,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     blocks = pack(train_texts, tokenizer, args.block_size, limit, "training").to(device)
     held_out = pack(held_out_texts, tokenizer, args.block_size, HELD_OUT_BLOCKS, "held-out").to(device)
     prompt = held_out[:1, : args.block_size // 4]
+    if args.model is None:
+        prompt = torch.tensor(tokenizer(PROMPT)["input_ids"], device=device).view(1, -1)
     before = sample(base, tokenizer, prompt, args.seed)
 
     set_seed(args.seed)
@@ -384,7 +368,7 @@ def report(results: dict[str, Any], out: Path, given: str) -> None:
     console.print(f"largest logit difference to the trained adapter (logits reach {results['largest_logit']:.1f}):")
     for name, difference in results["largest_logit_difference"].items():
         console.print(f"  {name:<24} {difference:.1e}")
-    console.print(f"written to {out}: adapter, merged model, loss.png, results.json; {results['seconds']:.0f} s in all")
+    console.print(f"written to {out} in {results['seconds']:.0f} s")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -396,8 +380,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="folder or hub id of a model to use instead of the small one built here")
     parser.add_argument("--data", type=Path, help='JSON-lines file with a field "text"; goes with --model')
     parser.add_argument("--out", type=Path, default=Path("quickstart_out"), help="output folder")
-    parser.add_argument("--steps", type=int, default=300, help="fine-tuning steps")
-    parser.add_argument("--base-steps", type=int, default=450, help="training steps of the base built here")
+    parser.add_argument("--steps", type=int, default=500, help="fine-tuning steps")
+    parser.add_argument("--base-steps", type=int, default=600, help="training steps of the base built here")
     parser.add_argument("--batch-size", type=int, default=16, help="blocks a step")
     parser.add_argument("--block-size", type=int, default=128, help="tokens a block")
     parser.add_argument("--lr", type=float, help="learning rate (6e-3 on the small model, 2e-4 on your own)")

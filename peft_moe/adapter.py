@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .layouts import ExpertsSpec, ProjectionSpec
-from .ops.grouped import rank_alignment
+from .ops.backends import padded_rank
 from .settings import AdapterSettings
 
 
@@ -118,11 +118,11 @@ def for_ops(
     return a, b
 
 
-def join_and_pad(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Several adapters as one: ranks side by side, zero-padded to what the grouped product wants."""
+def join_and_pad(pairs: list[tuple[Tensor, Tensor]], backend: str) -> tuple[Tensor, Tensor]:
+    """Several adapters as one: ranks side by side, zero-padded to what the backend can address."""
     a = pairs[0][0] if len(pairs) == 1 else torch.cat([a for a, _ in pairs], dim=1)
     b = pairs[0][1] if len(pairs) == 1 else torch.cat([b for _, b in pairs], dim=2)
-    missing = -a.shape[1] % rank_alignment(a.dtype)
+    missing = padded_rank(a.shape[1], a.dtype, backend) - a.shape[1]
     if missing:
         a = nn.functional.pad(a, (0, 0, 0, missing))
         b = nn.functional.pad(b, (0, missing))

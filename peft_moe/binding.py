@@ -38,7 +38,7 @@ class BlockForward:
         return type(self.block).forward(self.block, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.layer.idle:
+        if self.layer.left_to_base:
             return self.original(*args, **kwargs)
         block_forward = self.layer.spec.block_forward
         assert block_forward is not None

@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from .checkpoint.card import add_loading_section
 from .checkpoint.files import read_shapes
 from .layouts import TARGETS
-from .ops.grouped import BACKENDS
+from .ops.backends import BACKENDS
 from .registration import peft_type
 
 FORMAT_VERSION = 1
@@ -69,7 +69,7 @@ class MoELoraConfig(LoraConfig):
         split_gate_up: give gate and up an A each. Default: one A for the fused projection. Either way an adapter moves
             between stacked and listed experts.
         share_experts: `"outer"` shares over the experts the A of gate_up and the B of down. Default: nothing.
-        experts_backend: `"auto"` (the fastest that is right on the device), `"grouped_mm"`, or `"loop"`.
+        experts_backend: `"auto"` (the fastest that is right on the device), `"triton"`, `"grouped_mm"`, or `"loop"`.
         dequantize: for quantized bases, `"recompute"` (default) rebuilds 16-bit weights in backward, `"cache"` keeps
             them. Without effect on 16-bit bases.
         format_version, layout: of the saved tensors; set by this package, checked when an adapter is read.
@@ -100,7 +100,7 @@ class MoELoraConfig(LoraConfig):
         default=None, metadata={"help": "'outer': one A of gate_up and one B of down for all experts."}
     )
     experts_backend: Literal["auto", "grouped_mm", "triton", "loop"] = field(
-        default="auto", metadata={"help": "How grouped products run: 'auto', 'grouped_mm' or 'loop'."}
+        default="auto", metadata={"help": "How grouped products run: 'auto', 'triton', 'grouped_mm' or 'loop'."}
     )
     dequantize: Literal["recompute", "cache"] = field(
         default="recompute",
@@ -123,9 +123,7 @@ class MoELoraConfig(LoraConfig):
             _fail(
                 "share_experts", self.share_experts, "shares the one A of gate_up, and `split_gate_up=True` makes two"
             )
-        if self.experts_backend == "triton":
-            _fail("experts_backend", "triton", f"has no kernels in this version; expected one of {', '.join(BACKENDS)}")
-        elif self.experts_backend not in BACKENDS:
+        if self.experts_backend not in BACKENDS:
             _fail("experts_backend", self.experts_backend, f"is unknown; expected one of {', '.join(BACKENDS)}")
         if self.dequantize not in ("recompute", "cache"):
             _fail("dequantize", self.dequantize, "is unknown; expected 'recompute' or 'cache'")
@@ -150,8 +148,8 @@ class MoELoraConfig(LoraConfig):
         add_loading_section(save_directory, self)
 
     def to_dict(self) -> dict[str, Any]:
-        """See PEFT. Of several patterns the first match counts, and PEFT sorts keys in its JSON: where that would change
-        their order, patterns are written as pairs.
+        """See PEFT. Patterns are written as pairs where the alphabet, by which PEFT sorts its JSON, would change their
+        order: the first that matches counts.
         """
         found = super().to_dict()
         for option in ("expert_rank_pattern", "expert_alpha_pattern"):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .adapter import factors, for_ops, join_and_pad, magnitude
 from .layouts import ProjectionSpec
+from .ops.backends import choose
 from .ops.experts import Projection, expert_mlp
 from .ops.linear import frozen_linear, lora_linear, stack_tensor
 from .ops.routing import Gather, Routing, combine, has_sentinels, mask_rows, route
@@ -66,9 +67,11 @@ def run_experts(
         routing = route(index, spec.num_experts, sentinels)
         names = _taking_part(layer)
         if _whole_mlp(layer, names):
-            first, second = (_joined(layer, projection, names, dtype) for projection in spec.projections)
+            rank = max((_rank(layer, projection, names) for projection in spec.projections), default=0)
+            backend = choose(layer.backend, x.device, dtype, rank, spec.num_experts)
+            first, second = (_joined(layer, projection, names, dtype, backend) for projection in spec.projections)
             gate = spec.closed_form if spec.closed_form else lambda pre: activation(layer, pre)
-            return expert_mlp(x, weights, routing, first, second, gate, layer.backend, out_dtype)
+            return expert_mlp(x, weights, routing, first, second, gate, backend, out_dtype)
         rows = Gather.apply(x, routing.order, routing.inverse, routing.top_k, routing.valid)
         row_adapter = _row_adapter(layer, names, x.shape[0], routing, copies)
         up, down = spec.projections
@@ -127,14 +130,25 @@ def _whole_mlp(layer: MoELoraLayer, names: list[str]) -> bool:
     return not any(one.use_dora or (one.dropout > 0 and layer.training) for one in settings)
 
 
-def _joined(layer: MoELoraLayer, projection: ProjectionSpec, names: list[str], dtype: torch.dtype) -> Projection:
+def _rank(layer: MoELoraLayer, projection: ProjectionSpec, names: list[str]) -> int:
+    """The ranks of all adapters of a projection together."""
+    return sum(
+        layer.adapters[name].rank * len(layer.adapters[name].slots(projection))
+        for name in names
+        if projection.name in layer.adapters[name].projections
+    )
+
+
+def _joined(
+    layer: MoELoraLayer, projection: ProjectionSpec, names: list[str], dtype: torch.dtype, backend: str
+) -> Projection:
     """Several adapters of one projection as one, ranks side by side."""
     pairs = [
         for_ops(*_factors(layer, name, projection), layer.adapters[name], layer.spec, dtype)
         for name in names
         if projection.name in layer.adapters[name].projections
     ]
-    a, b = join_and_pad(pairs) if pairs else (None, None)
+    a, b = join_and_pad(pairs, backend) if pairs else (None, None)
     return Projection(_frozen(layer, projection, dtype), _bias(layer, projection, dtype), a, b)  # type: ignore[arg-type]
 
 
@@ -174,7 +188,7 @@ def _project(
             continue
         a, b = _factors(layer, name, projection)
         dropped = nn.functional.dropout(rows, settings.dropout, layer.training) if settings.dropout else rows
-        joined = join_and_pad([for_ops(a, b, settings, layer.spec, dtype)])
+        joined = join_and_pad([for_ops(a, b, settings, layer.spec, dtype)], layer.backend)
         adapted = out + mask_rows(lora_linear(dropped, *joined, offsets, backend), routing.valid)
         if settings.use_dora:
             scale = _dora_scale(layer, name, projection, a, b)[routing.experts].to(dtype)

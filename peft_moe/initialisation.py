@@ -113,7 +113,7 @@ def take_out(
     nominal: float,
     name: str,
 ) -> None:
-    """Initialise A `(E', r, in)` and B `(E', out, r)` from rows of each expert's weight; the base keeps the residual."""
+    """Initialise A `(E', r, in)` and B `(E', out, r)` from rows of each expert's weight; the base keeps the rest."""
 
     def residuals() -> Iterator[tuple[list[int], Tensor]]:
         for position, expert in enumerate(experts):

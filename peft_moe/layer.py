@@ -92,6 +92,12 @@ class MoELoraLayer(nn.Module, LoraLayer):
             )
             self._bindings = list(hook_linears(self))
 
+    def compute_in(self, dtype: torch.dtype | None) -> None:
+        """Tell packed weights, whose own dtype says nothing of it, in which dtype the model computes."""
+        for store in self.stores.values():
+            if dtype is not None and hasattr(store, "activation_dtype"):
+                store.activation_dtype = dtype
+
     # --- what PEFT's LoraModel looks at --------------------------------------------------------------------------
 
     @property
@@ -128,6 +134,17 @@ class MoELoraLayer(nn.Module, LoraLayer):
         if self.mixed_batch is not None and not (self._disable_adapters or self.merged_adapters):
             return not any(name in self.adapters for name in self.mixed_batch)
         return not self.active
+
+    @property
+    def left_to_base(self) -> bool:
+        """Whether the base's own forward computes this call: nothing to add, and it can run.
+
+        Packed weights on a CPU are what the base's own kernels cannot multiply with: then the layer runs them itself.
+        """
+        if not self.idle or self.spec.one_by_one:
+            return self.idle
+        stores = self.stores.values()
+        return not any(getattr(store, "packed", False) and store.device.type == "cpu" for store in stores)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: MoELoraConfig, **kwargs: Any) -> None:
         """Add an adapter. Rank and scaling of the experts come from the config, not from `r` and `lora_alpha`.
@@ -205,7 +222,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's forward, with the adapters of each expert added."""
         kwargs.pop("adapter_names", None)  # PEFT's hook passes it; the model has set `mixed_batch`
-        if self.idle or self.spec.call is None:
+        if self.left_to_base or self.spec.call is None:
             return self.base_layer(*args, **kwargs)
         with onload(self.base_layer):
             return self.spec.call(self.base_layer, self, *args, **kwargs)
@@ -273,7 +290,17 @@ class MoELoraLayer(nn.Module, LoraLayer):
             raise
         if self.keep_base and not self._base_bytes:
             self._base_bytes = {name: store.snapshot() for name, store in self.stores.items()}
-        merging.add_deltas(self, names)
+        try:
+            merging.add_deltas(self, names)
+        except BaseException:
+            # One projection may be merged already: take it back, and what was merged before with it goes in again.
+            if self._base_bytes:
+                self._restore_base()
+                if already:
+                    merging.add_deltas(self, self.merged_adapters)
+                else:
+                    self._base_bytes = {}
+            raise
         self.merged_adapters[:] = names
 
     def _restore_base(self) -> None:

@@ -19,6 +19,9 @@ from .layouts import ExpertsSpec, find_experts
 from .settings import adapted_experts, check_against_model, layer_number, resolve, targeted_projections
 
 
+ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
 class MoELoraModel(LoraModel):
     """The tuner of `MoELoraConfig`.
 
@@ -118,6 +121,7 @@ class MoELoraModel(LoraModel):
             layer = target
         else:
             layer = MoELoraLayer(target, self._targets[current_key], current_key, block=parent)
+            layer.compute_in(self._activation_dtype())
         layer.update_layer(adapter_name, lora_config.r, lora_config.lora_alpha, config=lora_config)
         if adapter_name not in self.active_adapters:
             children: list[Any] = list(layer.projections.values())
@@ -126,6 +130,13 @@ class MoELoraModel(LoraModel):
         if layer is not target:
             layer.train(target.training)
             setattr(parent, target_name, layer)
+
+    def _activation_dtype(self) -> torch.dtype | None:
+        """The dtype that flows through the model, told by its first norm; `None` if it has none."""
+        for name, parameter in self.model.named_parameters():
+            if "norm" in name.lower() and parameter.dtype in ACTIVATION_DTYPES:
+                return parameter.dtype
+        return None
 
     @property
     def expert_layers(self) -> list[MoELoraLayer]:

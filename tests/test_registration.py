@@ -131,8 +131,9 @@ import peft.mapping, peft.tuners.lora, peft.utils.hotswap, peft.utils.merge_util
 import transformers.modeling_utils, transformers.integrations.peft, transformers.activations
 
 def watched():
-    return [m for n, m in sorted(sys.modules.items())
-            if n.split(".")[0] in ("peft", "transformers", "accelerate", "safetensors") and type(m).__name__ != "_LazyModule"]
+    packages = ("peft", "transformers", "accelerate", "safetensors")
+    found = [module for name, module in sorted(sys.modules.items()) if name.split(".")[0] in packages]
+    return [module for module in found if type(module).__name__ != "_LazyModule"]
 
 def contents(value):
     if type(value) in (dict, collections.OrderedDict, collections.defaultdict):

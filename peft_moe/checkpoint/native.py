@@ -12,6 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from peft import LoraConfig
+from torch import nn
+
+from ..compat import get_pattern_key
 from ..layouts import ExpertsSpec
 from ..settings import AdapterSettings
 
@@ -21,6 +25,7 @@ _BLOCK_NAMES = re.compile(r"\.(mlp|block_sparse_moe|feed_forward|ffn|mixer|moe|f
 _SLOTS = "gate_up_proj|gate_proj|up_proj|down_proj"
 _PARALLEL_LINEARS = re.compile(rf"\.(experts\.)?(input_linear|output_linear|fc1|fc2)\.({_SLOTS})\.")
 _FACTOR = re.compile(rf"\.({_SLOTS})\.(lora_A|lora_B)$")
+_LINEAR_FACTOR = re.compile(r"(.+)\.(lora_A|lora_B)\.weight")
 _MAGNITUDE = re.compile(rf"\.({_SLOTS})\.lora_magnitude_vector$")
 
 
@@ -89,6 +94,37 @@ def match(found: Iterable[str], expected: Iterable[str], adapter: str) -> dict[s
             "another model, or with another config than its adapter_config.json? Nothing was loaded."
         )
     return {wanted[name]: files[name] for name in wanted}
+
+
+def check_linears(found: Mapping[str, Sequence[int]], model: nn.Module, config: LoraConfig, adapter: str) -> None:
+    """Raise `ValueError` for a linear's factor that the model has no module for, or whose shape is another.
+
+    PEFT passes over the former without a word, and loads the other tensors before it fails at the latter.
+
+    Args: found: key -> shape. model: the base model, with or without adapters, or the PEFT model around it.
+    """
+    modules = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
+    for key, shape in found.items():
+        name = _LINEAR_FACTOR.fullmatch(full_key(key).removeprefix(PREFIX))
+        if name is None or len(shape) != 2:
+            continue
+        path, factor = name.groups()
+        module = modules.get(path)
+        if module is None:
+            raise ValueError(
+                f"adapter {adapter!r}: {key}: this model has no module {path}. Was the adapter trained on another "
+                "model or with another version of transformers? Nothing was loaded."
+            )
+        sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
+        if None in sizes:
+            continue
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), path), config.r)
+        expected = (rank, sizes[0]) if factor == "lora_A" else (sizes[1], rank)
+        if tuple(shape) != expected:
+            raise ValueError(
+                f"adapter {adapter!r}: {key}: found shape {tuple(shape)}, expected {expected} (rank and sizes of this "
+                "model and of adapter_config.json). Nothing was loaded."
+            )
 
 
 def _some(keys: Sequence[str], limit: int = 4) -> str:

@@ -160,6 +160,59 @@ def _parallel_linear(transposed: bool) -> Callable[[Any], ExpertsSpec]:
     return describe
 
 
+def _fp8(base: Any) -> ExpertsSpec:
+    """transformers' `FP8Experts`, which replaces stacked experts of any model: gate and up concatenated, no bias."""
+    first = "gate_up_proj" if base.has_gate else "up_proj"
+    up, down = _quantized_sizes(base, first), _quantized_sizes(base, "down_proj")
+    return ExpertsSpec(
+        num_experts=up[0],
+        projections=(
+            ProjectionSpec(
+                first, "gate_up_proj", up[1], up[2], (Part(first),), gate="concatenated" if base.has_gate else None
+            ),
+            ProjectionSpec("down_proj", "down_proj", down[1], down[2], (Part("down_proj"),)),
+        ),
+        call=calls.tokens_index_weights,
+        activation=_own_gate if base.has_gate else _ungated,
+        closed_form=SILU_GATED if base.has_gate and _plain_fp8_gate(base) else None,
+    )
+
+
+def _plain_fp8_gate(base: Any) -> bool:
+    """Whether `FP8Experts._apply_gate` is `silu(gate) * up`: none of the limits that some models set."""
+    limits = ("limit", "swiglu_alpha", "gate_softcap")
+    return is_silu(base.act_fn) and all(getattr(base, name, None) is None for name in limits)
+
+
+def _mxfp4(base: Any) -> ExpertsSpec:
+    """GPT-OSS with packed FP4 experts: gate and up interleaved, biases, `(out, in)`."""
+    up, down = _quantized_sizes(base, "gate_up_proj"), _quantized_sizes(base, "down_proj")
+    parts = {name: (Part(name, transposed=True),) for name in ("gate_up_proj", "down_proj")}
+    scattered = "routing_weights" in inspect.signature(type(base).forward).parameters
+    return ExpertsSpec(
+        num_experts=up[0],
+        projections=(
+            ProjectionSpec(
+                "gate_up_proj", "gate_up_proj", up[1], up[2], parts["gate_up_proj"], ("gate_up_proj_bias",),
+                "interleaved",
+            ),
+            ProjectionSpec("down_proj", "down_proj", down[1], down[2], parts["down_proj"], ("down_proj_bias",)),
+        ),
+        call=calls.tokens_scattered_weights if scattered else calls.tokens_index_weights,
+        activation=_gpt_oss_gate,
+    )  # fmt: skip
+
+
+def _quantized_sizes(base: Any, name: str) -> tuple[int, int, int]:
+    """`(E, out, in)` of a stack held as `(E, out, in)`, unpacked where two 4-bit values share a byte."""
+    tensor = getattr(base, f"{name}_blocks", None)
+    if tensor is None:
+        tensor = getattr(base, name)
+    experts, out = tensor.shape[:2]
+    values = tensor.shape[2:].numel()
+    return experts, out, values if tensor.is_floating_point() else 2 * values
+
+
 _BY_CLASS: dict[str, Callable[[Any], ExpertsSpec]] = {
     "Llama4TextExperts": _plain(True, calls.every_expert_dense, _gated),
     "LongcatFlashExperts": _plain(False, calls.identity_experts, _gated),
@@ -172,6 +225,14 @@ _BY_CLASS: dict[str, Callable[[Any], ExpertsSpec]] = {
     "GraniteMoeSharedParallelExperts": _parallel_linear(False),
     "GraniteMoeHybridParallelExperts": _parallel_linear(False),
     "AriaGroupedExpertsGemm": _parallel_linear(True),
+}
+
+# Classes that a quantizer puts in the place of any model's own: asked first, as their flags do not tell it all.
+_QUANTIZED: dict[str, Callable[[Any], ExpertsSpec]] = {
+    "FP8Experts": _fp8,
+    "DequantizedFP8Experts": _fp8,
+    "Mxfp4GptOssExperts": _mxfp4,
+    "DequantizedGptOssExperts": _mxfp4,
 }
 
 _SECOND_LINEAR = ("output_linear", "fc2")  # of a pair of parallel linears
@@ -190,7 +251,7 @@ def describe_stacked(name: str, module: nn.Module) -> ExpertsSpec | None:
     kind = type(module).__name__
     if kind in _REFUSED:
         return ExpertsSpec(0, (), None, refused=_REFUSED[kind])
-    spec = _interface(module)
+    spec = _QUANTIZED[kind](module) if kind in _QUANTIZED else _interface(module)
     if spec is None and kind in _BY_CLASS:
         spec = _BY_CLASS[kind](module)
         if spec.call is calls.sorted_rows and name.rpartition(".")[2] in _SECOND_LINEAR:

@@ -16,16 +16,17 @@ routing, G (S, N) and the two low-rank products (S, R); the gathered X and h are
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .activation import Activation, activate, activate_backward
-from .grouped import grouped_mm, grouped_outer
+from . import pieces
+from .activation import Activation
 from .linear import FrozenStack, stack_tensor
-from .routing import Routing, mask_rows, unsort_and_sum
+from .routing import Routing, mask_rows
 
 
 class Projection(NamedTuple):
@@ -33,7 +34,7 @@ class Projection(NamedTuple):
 
     Attributes:
         weight: `(E, N, K)` or what builds it. bias: `(E, N)` or `None`.
-        a: `(E, R, K)`, b: `(E, N, R)` with the scaling folded in, or both `None`; R a multiple of `rank_alignment`.
+        a: `(E, R, K)`, b: `(E, N, R)` with the scaling folded in, or both `None`; R a `padded_rank` of the backend.
     """
 
     weight: FrozenStack
@@ -42,20 +43,13 @@ class Projection(NamedTuple):
     b: Tensor | None
 
 
-def _project(
-    x: Tensor,
-    weight: Tensor,
-    low: Tensor | None,
-    b: Tensor | None,
-    bias: Tensor | None,
-    experts: Tensor,
-    offsets: Tensor,
-    backend: str,
-) -> Tensor:
-    out = grouped_mm(x, weight.mT, offsets, backend)
-    if low is not None and b is not None:
-        out = out + grouped_mm(low, b.mT, offsets, backend)
-    return out if bias is None else out + bias[experts]
+def _pieces(backend: str) -> ModuleType:
+    """The module whose functions a backend runs; triton is imported only where it runs."""
+    if backend != "triton":
+        return pieces
+    from .triton import pieces as kernels
+
+    return kernels
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -81,17 +75,17 @@ class _ExpertMLP(torch.autograd.Function):
         backend: str,
         dtype: torch.dtype,
     ) -> Tensor:
-        tokens, top_k = weights.shape
-        ctx.backend, ctx.activation = backend, activation
-        gathered = x[order // top_k]
-        up_low = None if up_a is None else grouped_mm(gathered, up_a.mT, offsets, backend)
-        pre = _project(gathered, stack_tensor(up_weight), up_low, up_b, up_bias, experts, offsets, backend)
-        hidden = activate(activation, pre)
-        down_low = None if down_a is None else grouped_mm(hidden, down_a.mT, offsets, backend)
-        rows = _project(hidden, stack_tensor(down_weight), down_low, down_b, down_bias, experts, offsets, backend)
-        flat = mask_rows(rows, valid)[inverse].view(tokens, top_k, rows.shape[-1])
-        out = (flat * weights.unsqueeze(-1)).sum(dim=1).to(dtype)
+        run = _pieces(backend)
+        routing = Routing(order, inverse, experts, offsets, weights.shape[1], valid)
+        rows = run.gather(x, order // weights.shape[1])
+        pre, up_low = run.project(rows, stack_tensor(up_weight), up_a, up_b, up_bias, routing, backend)
+        hidden = run.activate_rows(activation, pre)
+        out, down_low = run.project(
+            (hidden, None), stack_tensor(down_weight), down_a, down_b, down_bias, routing, backend
+        )
+        out = run.combine(out, weights, routing, dtype)
 
+        ctx.backend, ctx.activation = backend, activation
         up_tensor, down_tensor = isinstance(up_weight, Tensor), isinstance(down_weight, Tensor)
         ctx.build_up = None if up_tensor else up_weight
         ctx.build_down = None if down_tensor else down_weight
@@ -109,60 +103,56 @@ class _ExpertMLP(torch.autograd.Function):
             x, weights, pre, up_low, down_low, up_a, up_b, down_a, down_b, down_bias,
             up_weight, down_weight, order, inverse, experts, offsets, valid,
         ) = ctx.saved_tensors  # fmt: skip
-        backend, dtype = ctx.backend, x.dtype
-        tokens, top_k = weights.shape
-        need_x, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        backend, run = ctx.backend, _pieces(ctx.backend)
+        need_x, need_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         need_up = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
-        source = order // top_k
-        row_weight = weights.reshape(-1)[order].unsqueeze(-1)  # (S, 1), dtype of the routing weights
+        routing = Routing(order, inverse, experts, offsets, weights.shape[1], valid)
+        source = order // weights.shape[1]
+        row_weight = weights.reshape(-1)[order]
 
-        d_rows = grads[0].to(dtype)[source]  # (S, H), before weighting
-        hidden = activate(ctx.activation, pre)
+        d_rows = run.gather(grads[0].to(x.dtype), source)  # before weighting
         down_weight = ctx.build_down() if down_weight is None else down_weight
-        d_hidden = grouped_mm(d_rows, down_weight, offsets, backend)
+        # The transposed projection: B takes the place of A, A that of B.
+        d_hidden, d_down_low = run.project(d_rows, down_weight.mT, _mT(down_b), _mT(down_a), None, routing, backend)
         del down_weight
+        d_pre, dots, hidden = run.activate_rows_backward(ctx.activation, pre, d_hidden, row_weight)
+        del d_hidden
         d_down_a: Tensor | None = None
         d_down_b: Tensor | None = None
         d_up_a: Tensor | None = None
         d_up_b: Tensor | None = None
         d_weights: Tensor | None = None
         d_x: Tensor | None = None
-        if down_a is not None:
-            d_low = grouped_mm(d_rows, down_b, offsets, backend)
-            d_hidden = d_hidden + grouped_mm(d_low, down_a, offsets, backend)
-            if ctx.needs_input_grad[9]:
-                d_down_b = grouped_outer(d_rows, (down_low * row_weight).to(dtype), offsets, backend)
-            if ctx.needs_input_grad[8]:
-                d_down_a = grouped_outer((d_low * row_weight).to(dtype), hidden, offsets, backend)
-        if need_w:
-            wide = torch.promote_types(dtype, torch.float32)
-            dots = (hidden * d_hidden).sum(dim=-1, dtype=wide)
+        if ctx.needs_input_grad[9]:
+            d_down_b = run.outer(d_rows, down_low, row_weight, routing, False, backend)
+        if ctx.needs_input_grad[8]:
+            d_down_a = run.outer((hidden, None), d_down_low, row_weight, routing, True, backend)
+        del hidden
+        if need_weights:
             if down_bias is not None:
-                dots = dots + (d_rows * down_bias[experts]).sum(dim=-1, dtype=wide)
+                dots = dots + (grads[0].to(x.dtype)[source] * down_bias[experts]).sum(dim=-1, dtype=dots.dtype)
             dots = mask_rows(dots.unsqueeze(-1), valid).squeeze(-1)
-            d_weights = dots[inverse].view(tokens, top_k).to(weights.dtype)
-        del hidden, d_rows
-
+            d_weights = dots[inverse].view(weights.shape).to(weights.dtype)
+        if ctx.needs_input_grad[5]:
+            d_up_b = run.outer((d_pre, None), up_low, None, routing, False, backend)
         if need_x or need_up:
-            d_pre = activate_backward(ctx.activation, pre, (d_hidden * row_weight).to(dtype))
-            del d_hidden
-            d_low = None  # type: ignore[assignment]
-            if up_a is not None:
-                d_low = grouped_mm(d_pre, up_b, offsets, backend)
-                if ctx.needs_input_grad[5]:
-                    d_up_b = grouped_outer(d_pre, up_low, offsets, backend)
-                if ctx.needs_input_grad[4]:
-                    d_up_a = grouped_outer(d_low, x[source], offsets, backend)
+            up_weight = ctx.build_up() if up_weight is None else up_weight
+            d_gathered, d_up_low = run.project(
+                (d_pre, None), up_weight.mT, _mT(up_b), _mT(up_a), None, routing, backend
+            )
+            del up_weight
+            if ctx.needs_input_grad[4]:
+                d_up_a = run.outer(run.gather(x, source), d_up_low, None, routing, True, backend)
             if need_x:
-                up_weight = ctx.build_up() if up_weight is None else up_weight
-                d_gathered = grouped_mm(d_pre, up_weight, offsets, backend)
-                if d_low is not None:
-                    d_gathered = d_gathered + grouped_mm(d_low, up_a, offsets, backend)
-                d_x = unsort_and_sum(mask_rows(d_gathered, valid), inverse, tokens, top_k)
+                d_x = run.combine(d_gathered, None, routing, x.dtype)
         return (
             d_x, d_weights, None, None, d_up_a, d_up_b, None, None, d_down_a, d_down_b,
             None, None, None, None, None, None, None, None,
         )  # fmt: skip
+
+
+def _mT(factor: Tensor | None) -> Tensor | None:
+    return None if factor is None else factor.mT
 
 
 def expert_mlp(
@@ -180,7 +170,7 @@ def expert_mlp(
     Args:
         x: `(T, H)` in the compute dtype. weights: `(T, k)` routing weights, any floating dtype.
         up, down: the two projections; their tensors in the compute dtype.
-        activation: see `ops.activation`. backend: see `ops.grouped`. dtype: of the result.
+        activation: see `ops.activation`. backend: as `ops.backends.choose` gives it. dtype: of the result.
 
     Returns: `(T, H)`. Differentiable in x, weights and the adapters, never in the frozen tensors.
     """

@@ -16,7 +16,6 @@ from torch import Tensor
 
 logger = logging.getLogger("peft_moe")
 
-BACKENDS = ("auto", "grouped_mm", "loop")
 MAX_GROUPS = 1024  # of the native kernel
 _ALIGNMENT = 16  # bytes: of every row stride, on the CPU too
 
@@ -27,11 +26,6 @@ _native: Any = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch
 def log_once(message: str) -> None:
     """Say in one line why something does not run the fast way; each distinct line once a process."""
     logger.warning(message)
-
-
-def rank_alignment(dtype: torch.dtype) -> int:
-    """Ranks are zero-padded to a multiple of this inside the ops, so that `(E, N, R)` rows are 16-byte aligned."""
-    return max(1, _ALIGNMENT // dtype.itemsize)
 
 
 @cache

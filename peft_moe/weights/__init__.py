@@ -8,9 +8,11 @@ from typing import Any
 from torch import nn
 
 from .base import ExpertWeight
-from .dense import DenseStack, ModuleStack
+from .dense import DenseStack, ModuleStack, parameter_at
+from .fp8 import FP8Weight, has_float8, open_fp8_modules, open_fp8_stack
+from .mxfp4 import MXFP4Weight, find_packed4, open_mxfp4, refuse_unknown
 
-__all__ = ["DenseStack", "ExpertWeight", "ModuleStack", "open_modules", "open_stacked"]
+__all__ = ["DenseStack", "ExpertWeight", "FP8Weight", "MXFP4Weight", "ModuleStack", "open_modules", "open_stacked"]
 
 
 def open_stacked(
@@ -24,6 +26,12 @@ def open_stacked(
 
     Raises `ValueError` for a storage that no store can read.
     """
+    if find_packed4(module, parts[0][0]) is not None:
+        return open_mxfp4(module, parts, shape, name)
+    tensors = [parameter_at(module, path) for path, _, _ in parts]
+    if has_float8(tensors):
+        return open_fp8_stack(module, parts, shape, name)
+    refuse_unknown(tensors, name)
     return DenseStack(module, parts, shape, name)
 
 
@@ -36,4 +44,8 @@ def open_modules(linears: Sequence[Sequence[Any]], shape: tuple[int, int, int], 
 
     Raises `ValueError` for a storage that no store can read.
     """
+    weights = [getattr(linear, "weight", None) for expert in linears for linear in expert]
+    if has_float8(weights):
+        return open_fp8_modules(linears, shape, name)
+    refuse_unknown(weights, name)
     return ModuleStack(linears, shape, name)

@@ -18,6 +18,7 @@ class ExpertWeight(Protocol):
     """
 
     shape: tuple[int, int, int]
+    packed: bool  # codes and scales: built before they can multiply, and `densify(dtype)` makes plain parameters of them
     keep_built: bool  # keep 16-bit weights that had to be built (`dequantize="cache"`); nothing to do for dense ones
 
     @property

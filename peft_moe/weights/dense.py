@@ -41,6 +41,7 @@ class _Dense:
     """What both dense stores share, given `_rows(expert)`: the views `(rows, in)` of one expert that fill its out."""
 
     shape: tuple[int, int, int]
+    packed = False
     keep_built = False
 
     def _tensors(self) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Writes `golden/`: first on transformers 4, which writes the bases too, then on transformers 5.
 
-    python -m tests.checkpoint.make_golden
+python -m tests.checkpoint.make_golden
 """
 
 from __future__ import annotations

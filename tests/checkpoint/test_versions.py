@@ -31,7 +31,9 @@ def test_adapter_of_either_version(name, writer, tmp_path):
     saved, original = (load_file(path / "adapter_model.safetensors") for path in (tmp_path, home))
     again = PeftModel.from_pretrained(load_base(name), tmp_path).eval()
     assert torch.equal(logits(again), logits(model))
-    values = [sorted((tuple(one.shape), float(one.double().sum())) for one in each.values()) for each in (saved, original)]
+    values = [
+        sorted((tuple(one.shape), float(one.double().sum())) for one in each.values()) for each in (saved, original)
+    ]
     assert values[0] == values[1]
 
     merged = model.merge_and_unload()

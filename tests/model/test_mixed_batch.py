@@ -13,13 +13,19 @@ from tests.model.deltas import logits, randomise
 from tests.model.tiny import BUILDERS, CLOSE, config, experts_of
 from tests.reference import relative
 from tests.zoo import ENTRIES
+from tests.zoo.builder import build_model
 
 LISTED = ("mixtral", "deepseek_v3")  # on transformers 4: known blocks around a list of experts
 NAMES = ["llama4_text", "dbrx", "qwen3_moe", "gpt_oss", "remote_list", *LISTED]
 BATCH = ["x", "__base__", "y", "x", "y"]
 
 
+GENERATING = [name for name in NAMES if name != "remote_list"]
+
+
 def build(name: str) -> nn.Module:
+    if name == "dbrx":  # with its head, which the zoo leaves out on transformers 5
+        return build_model("dbrx", "DbrxForCausalLM", ENTRIES[name].build.args[2])
     return BUILDERS[name]() if name in BUILDERS else ENTRIES[name].build()
 
 
@@ -71,12 +77,9 @@ def test_forward(name: str) -> None:
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", GENERATING)
 def test_generate(name: str, num_beams: int) -> None:
-    base = build(name)
-    if not hasattr(base, "lm_head") or name == "remote_list":
-        pytest.skip("this model of the zoo does not generate")
-    model = mixed(base)
+    model = mixed(build(name))
     ids = prompts(same=True)
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": num_beams, "pad_token_id": 0}
     expected = []

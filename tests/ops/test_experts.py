@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peft_moe.ops.activation import SILU_GATED
+from peft_moe.ops.backends import padded_rank
 from peft_moe.ops.experts import Projection, expert_mlp
-from peft_moe.ops.grouped import rank_alignment
 from peft_moe.ops.linear import frozen_linear, lora_linear
 from peft_moe.ops.routing import Gather, combine, mask_rows, route
 from tests.ops import loops
@@ -41,11 +41,11 @@ LOOPS = {
 }
 
 
-def leaves(stack: loops.Stack, pad: bool) -> Projection:
+def leaves(stack: loops.Stack, pad: bool, backend: str) -> Projection:
     """The op's arguments, A and B requiring gradients; with `pad` their rank is filled up with zeros."""
     a, b = stack.a, stack.b
     if a is not None and pad:
-        missing = -a.shape[1] % rank_alignment(a.dtype)
+        missing = padded_rank(a.shape[1], a.dtype, backend) - a.shape[1]
         a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
     if a is not None:
         a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
@@ -71,7 +71,7 @@ def generic(x: Tensor, weights: Tensor, routing: object, up: Projection, down: P
 def check(case: Case, path: str = "whole", pad: bool = True, built: bool = False) -> None:
     dtype = case.x.dtype
     x, weights = case.x.detach().requires_grad_(), case.weights.detach().requires_grad_()
-    up, down = leaves(case.up, pad), leaves(case.down, pad)
+    up, down = leaves(case.up, pad, case.backend), leaves(case.down, pad, case.backend)
     routing = route(case.index, case.experts, case.sentinels)
     with poisoned():
         if path == "whole":
@@ -189,7 +189,7 @@ def test_stride_zero_gradient() -> None:
         torch.manual_seed(0)
         case = plain_case(4, tokens=6, top_k=2)
         x = case.x.requires_grad_()
-        up, down = leaves(case.up, True), leaves(case.down, True)
+        up, down = leaves(case.up, True, case.backend), leaves(case.down, True, case.backend)
         routing = route(case.index, 4, sentinels=False)
         expert_mlp(x, case.weights, routing, up, down, SILU_GATED, "auto", torch.float32).backward(grad)
         found.append((x.grad, up.a.grad, down.b.grad))
@@ -202,7 +202,7 @@ def test_second_derivative_is_refused() -> None:
     case = plain_case(3, tokens=4, top_k=2)
     x = case.x.requires_grad_()
     routing = route(case.index, 3, sentinels=False)
-    up, down = leaves(case.up, True), leaves(case.down, True)
+    up, down = leaves(case.up, True, case.backend), leaves(case.down, True, case.backend)
     out = expert_mlp(x, case.weights, routing, up, down, SILU_GATED, "auto", torch.float32)
     (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate"):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_moe.ops import grouped
-from peft_moe.ops.grouped import grouped_mm, grouped_outer, log_once, native_works, rank_alignment
+from peft_moe.ops.backends import padded_rank
+from peft_moe.ops.grouped import grouped_mm, grouped_outer, log_once, native_works
 from tests.ops import loops
 from tests.ops.cases import BACKENDS, DTYPES, SIZES, assert_close, few, laid_out, poisoned, strided
 
@@ -141,5 +142,9 @@ def test_trial_finds_a_bad_kernel(fault: str, monkeypatch: pytest.MonkeyPatch, l
 @pytest.mark.parametrize(
     ("dtype", "multiple"), [(torch.float32, 4), (torch.bfloat16, 8), (torch.float16, 8), (torch.float64, 2)]
 )
-def test_rank_alignment(dtype: torch.dtype, multiple: int) -> None:
-    assert rank_alignment(dtype) == multiple
+def test_padded_rank(dtype: torch.dtype, multiple: int) -> None:
+    assert [padded_rank(rank, dtype, "grouped_mm") for rank in (1, multiple, multiple + 1)] == [
+        multiple,
+        multiple,
+        2 * multiple,
+    ]

@@ -1,0 +1,119 @@
+"""The kernels of `ops/triton` one by one against torch's pieces, with a sweep of tile sizes (CUDA only).
+
+python benchmarks/kernels.py            # Qwen3-30B-A3B's block
+"""
+
+# ruff: noqa: B023, E741  every closure is timed before the loop moves on
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm
+from triton.testing import do_bench
+
+from peft_moe.ops.routing import route
+from peft_moe.ops.triton.outer import outer
+from peft_moe.ops.triton.project import project
+from peft_moe.ops.triton.rowwise import combine, silu_gated, silu_gated_backward
+
+
+def time_of(function: Callable[[], object]) -> float:
+    """Median milliseconds."""
+    return do_bench(function, warmup=10, rep=40, return_mode="median")
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """‖found - expected‖ / ‖expected‖."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def main() -> None:
+    """Check against torch, then time."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", nargs="+", type=int, default=[64, 512, 4096, 16384])
+    parser.add_argument("--sweep", action="store_true")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/kernels.py needs a CUDA device")
+    experts, top_k, width, inner, rank = 128, 8, 2048, 768, 16
+    torch.manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+    up, down = normal(experts, 2 * inner, width) * width**-0.5, normal(experts, width, inner) * inner**-0.5
+    up_a, up_b = normal(experts, rank, width) * width**-0.5, normal(experts, 2 * inner, rank)
+    down_a, down_b = normal(experts, rank, inner) * inner**-0.5, normal(experts, width, rank)
+    for tokens in arguments.tokens:
+        index = torch.rand(tokens, experts, device="cuda").topk(top_k, dim=-1).indices
+        routing = route(index, experts, sentinels=False)
+        source, offsets = routing.order // top_k, routing.offsets
+        x, grad = normal(tokens, width), normal(tokens, width)
+        rows, pre, d_pre = (
+            normal(tokens * top_k, inner),
+            normal(tokens * top_k, 2 * inner),
+            normal(tokens * top_k, 2 * inner),
+        )
+        low = normal(tokens * top_k, rank)
+        row_weight = torch.rand(tokens * top_k, device="cuda")
+        weights = torch.rand(tokens, top_k, device="cuda")
+        calls = {
+            "gate_up": (x, source, up, up_a, up_b),
+            "down": (rows, None, down, down_a, down_b),
+            "d_hidden": (grad, source, down.mT, down_b.mT, down_a.mT),
+            "d_x": (d_pre, None, up.mT, up_b.mT, up_a.mT),
+        }
+        for name, (left, index_, w, a, b) in calls.items():
+
+            def plain(left: Tensor = left, index_: Tensor | None = index_, w: Tensor = w) -> Tensor:
+                return grouped_mm(left if index_ is None else left[index_], w.mT, offs=offsets)
+
+            gathered = left if index_ is None else left[index_]
+            a_c, b_c = a.contiguous(), b.contiguous()
+            low_e = grouped_mm(gathered, a_c.mT, offs=offsets)
+            expected = plain() + grouped_mm(low_e, b_c.mT, offs=offsets)
+            found, found_low = project(left, index_, w, a, b, None, offsets)
+            error = max(relative(found, expected), relative(found_low, low_e))
+            gemm = time_of(lambda w=w, g=gathered: grouped_mm(g, w.mT, offs=offsets))
+            ours = time_of(lambda l=left, i=index_, w=w, a=a, b=b: project(l, i, w, a, b, None, offsets))
+            bare = time_of(lambda l=left, i=index_, w=w: project(l, i, w, None, None, None, offsets))
+            print(f"T={tokens:6d} {name:9s} error {error:.1e}  torch gemm {gemm:.3f}  torch gather+gemm "
+                  f"{time_of(plain):.3f}  "
+                  f"fused {ours:.3f}  fused without LoRA {bare:.3f}", flush=True)  # fmt: skip
+            if arguments.sweep:
+                sweep(left, index_, w, a, b, offsets)
+        print(f"T={tokens:6d} outer     x {time_of(lambda: outer(x, source, low, None, offsets, True)):.3f}  "
+              f"d_pre {time_of(lambda: outer(d_pre, None, low, None, offsets, False)):.3f}  "
+              f"grad {time_of(lambda: outer(grad, source, low, row_weight, offsets, False)):.3f}  "
+              f"hidden {time_of(lambda: outer(rows, None, low, row_weight, offsets, True)):.3f}  "
+              f"torch d_pre {time_of(lambda: grouped_mm(d_pre.t(), low, offs=offsets)):.3f}")  # fmt: skip
+        full = normal(tokens * top_k, width)
+        dtype = torch.bfloat16
+        print(f"T={tokens:6d} rowwise   silu {time_of(lambda: silu_gated(pre)):.3f}  "
+              f"silu backward {time_of(lambda: silu_gated_backward(pre, rows, row_weight)):.3f}  "
+              f"combine {time_of(lambda: combine(full, routing.inverse, weights, offsets, top_k, dtype)):.3f}  "
+              f"route {time_of(lambda: route(index, experts, False)):.3f}", flush=True)  # fmt: skip
+
+
+def sweep(x: Tensor, source: Tensor | None, w: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> None:
+    """The five fastest tiles."""
+    found = []
+    for rows, columns, step, warps, stages in itertools.product((64, 128), (128, 256), (64,), (4, 8), (3, 4)):
+        tiles = {"ROWS": rows, "COLUMNS": columns, "STEP": step, "num_warps": warps, "num_stages": stages}
+        if rows * columns // warps > 128 * 256 // 8:
+            continue
+        try:
+            found.append((time_of(lambda t=tiles: project(x, source, w, a, b, None, offsets, t)), tiles))
+        except Exception as error:  # out of shared memory or registers: not a candidate
+            print(f"    {tiles}: {type(error).__name__}")
+    for milliseconds, tiles in sorted(found, key=lambda pair: pair[0])[:4]:
+        print(f"    {milliseconds:.3f} {tiles}")
+
+
+if __name__ == "__main__":
+    main()

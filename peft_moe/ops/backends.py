@@ -1,0 +1,51 @@
+"""Which backend runs the experts, and what it asks of ranks.
+
+"triton": the kernels of `ops/triton`. "grouped_mm": torch's grouped product. "loop": one product an expert. "auto"
+takes the first of them that runs, and is right, on this device and dtype.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+BACKENDS = ("auto", "triton", "grouped_mm", "loop")
+MAX_KERNEL_RANK = 64  # above, LoRA A inside the kernel costs more than it saves
+_ALIGNMENT = 16  # bytes
+
+
+@cache
+def triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels run on this device and dtype: 16-bit tensors on GPUs of compute capability 8.0 and later."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or find_spec("triton") is None:
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def choose(requested: str, device: torch.device, dtype: torch.dtype, rank: int, experts: int) -> str:
+    """The backend of a whole expert MLP. "grouped_mm" may still fall back to a loop for shapes it cannot take.
+
+    Args: rank: of all active adapters together; 0 without one.
+
+    Raises `ValueError` if "triton" is asked for and cannot run.
+    """
+    if requested == "triton":
+        if find_spec("triton") is None:
+            raise ValueError("experts_backend='triton' needs the package triton: pip install 'peft-moe[triton]'")
+        return "triton"
+    if requested != "auto":
+        return requested
+    # Under torch.compile the torch path is used: its operators are opaque to the compiler.
+    if torch.compiler.is_compiling() or rank > MAX_KERNEL_RANK or experts > 1024 or not triton_runs(device, dtype):
+        return "grouped_mm"
+    return "triton"
+
+
+def padded_rank(rank: int, dtype: torch.dtype, backend: str) -> int:
+    """The rank to which factors are zero-padded inside the ops: what the backend can address."""
+    if backend == "triton":
+        return max(16, 1 << (rank - 1).bit_length())
+    multiple = max(1, _ALIGNMENT // dtype.itemsize)  # rows of `(E, N, R)` start at 16-byte addresses
+    return -(-rank // multiple) * multiple

@@ -1,0 +1,78 @@
+"""The pieces of an expert MLP in plain torch. `ops/triton/pieces.py` has the same ones as kernels.
+
+Rows come as a pair `(tensor, source)`: the tensor itself is sorted by expert where `source` is `None`, otherwise row m
+is `tensor[source[m]]`; a backend that gathers inside its kernels never forms the gathered tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .activation import Activation, activate, activate_backward
+from .grouped import grouped_mm, grouped_outer
+from .routing import Routing, mask_rows
+
+Rows = tuple[Tensor, Tensor | None]
+
+
+def gather(x: Tensor, source: Tensor) -> Rows:
+    """`(T, H)` tokens and `(S,)` their row numbers, as rows."""
+    return x[source], None
+
+
+def project(
+    rows: Rows, weight: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None, routing: Routing, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """`W x + B (A x) + bias` of each row, and the low-rank product `A x`.
+
+    Args: weight `(E, N, K)`, a `(E, R, K)`, b `(E, N, R)`, bias `(E, N)`; any strides. Returns `(S, N)`, `(S, R)`.
+    """
+    x, offsets = rows[0], routing.offsets
+    out = grouped_mm(x, weight.mT, offsets, backend)
+    low = None
+    if a is not None and b is not None:
+        low = grouped_mm(x, a.mT, offsets, backend)
+        out = out + grouped_mm(low, b.mT, offsets, backend)
+    return (out if bias is None else out + bias[routing.experts]), low
+
+
+def activate_rows(activation: Activation, pre: Tensor) -> Tensor:
+    """`(S, N)` -> `(S, I)`."""
+    return activate(activation, pre)
+
+
+def activate_rows_backward(
+    activation: Activation, pre: Tensor, d_hidden: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of the activation and of the routing weight.
+
+    Args: pre `(S, N)`, d_hidden `(S, I)` before weighting, weight `(S,)` routing weight of each row.
+    Returns: d_pre `(S, N)`; rowdot(hidden, d_hidden) `(S,)` in fp32; hidden `(S, I)`.
+    """
+    hidden = activate(activation, pre)
+    dots = (hidden * d_hidden).sum(dim=-1, dtype=torch.promote_types(pre.dtype, torch.float32))
+    weighted = (d_hidden * weight.unsqueeze(-1)).to(pre.dtype)
+    return activate_backward(activation, pre, weighted), dots, hidden
+
+
+def outer(big: Rows, small: Tensor, weight: Tensor | None, routing: Routing, transposed: bool, backend: str) -> Tensor:
+    """Per expert `bigᵀ (weight * small)`: `(E, N, R)`, or `(E, R, N)` if `transposed`; zero without rows.
+
+    Args: big: rows of width N. small `(S, R)`. weight `(S,)` or `None`.
+    """
+    if weight is not None:
+        small = (small * weight.unsqueeze(-1)).to(small.dtype)
+    pair = (small, big[0]) if transposed else (big[0], small)
+    return grouped_outer(*pair, routing.offsets, backend)
+
+
+def combine(rows: Tensor, weights: Tensor | None, routing: Routing, dtype: torch.dtype) -> Tensor:
+    """`out[t] = sum_k w[t, k] rows`, of rows sorted by expert: `(S, H)` -> `(T, H)` in `dtype`.
+
+    Args: weights `(T, k)` or `None` for ones; the product is taken in the promoted dtype.
+    """
+    top_k = routing.top_k
+    flat = mask_rows(rows, routing.valid)[routing.inverse]
+    flat = flat.view(routing.inverse.shape[0] // top_k, top_k, rows.shape[1])
+    return (flat if weights is None else flat * weights.unsqueeze(-1)).sum(dim=1).to(dtype)

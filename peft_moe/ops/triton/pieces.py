@@ -1,0 +1,52 @@
+"""The pieces of an expert MLP as kernels; see `ops/pieces.py` for what each computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import pieces as plain
+from ..activation import Activation
+from ..routing import Routing
+from . import rowwise
+from .outer import outer as _outer
+from .project import project as _project
+
+Rows = plain.Rows
+
+
+def gather(x: Tensor, source: Tensor) -> Rows:
+    """Nothing is gathered: the kernels read the rows where they are."""
+    return x.contiguous(), source
+
+
+def project(
+    rows: Rows, weight: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None, routing: Routing, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """One kernel: gather, base product, LoRA A, LoRA B, bias."""
+    return _project(rows[0], rows[1], weight, a, b, None if bias is None else bias.contiguous(), routing.offsets)
+
+
+def activate_rows(activation: Activation, pre: Tensor) -> Tensor:
+    """One pass for gated SiLU."""
+    return rowwise.silu_gated(pre) if isinstance(activation, str) else plain.activate_rows(activation, pre)
+
+
+def activate_rows_backward(
+    activation: Activation, pre: Tensor, d_hidden: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass for gated SiLU."""
+    if isinstance(activation, str):
+        return rowwise.silu_gated_backward(pre, d_hidden, weight)
+    return plain.activate_rows_backward(activation, pre, d_hidden, weight)
+
+
+def outer(big: Rows, small: Tensor, weight: Tensor | None, routing: Routing, transposed: bool, backend: str) -> Tensor:
+    """One kernel, gather and weight inside."""
+    return _outer(big[0], big[1], small, weight, routing.offsets, transposed)
+
+
+def combine(rows: Tensor, weights: Tensor | None, routing: Routing, dtype: torch.dtype) -> Tensor:
+    """One pass; rows of no expert count as zero."""
+    weights = None if weights is None else weights.contiguous()
+    return rowwise.combine(rows, routing.inverse, weights, routing.offsets, routing.top_k, dtype)

@@ -1,0 +1,163 @@
+"""One projection of all experts with its adapter as a single kernel: gather, base product, LoRA A and LoRA B.
+
+    low[m] = A[e] x[source[m]]          out[m] = W[e] x[source[m]] + B[e] low[m] + bias[e]
+
+A program computes a tile of rows of one expert and a tile of columns. LoRA A rides along in the loop over K (its rank
+is small beside the tile), so the input is read once; LoRA B is one more step of the same accumulation. Which expert a
+program works for follows from the offsets on the device: nothing waits for the host.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _find_tile(offsets, tile, experts: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+    """(expert, first row, end of the expert's rows) of a row tile; expert == experts: past the last one."""
+    index = tl.arange(0, EXPERTS)
+    ends = tl.load(offsets + index, mask=index < experts, other=0)
+    starts = tl.load(offsets + index - 1, mask=(index > 0) & (index < experts), other=0)
+    tiles = tl.where(index < experts, (ends - starts + ROWS - 1) // ROWS, 0)
+    expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32) * (index < experts).to(tl.int32), 0)
+    mine = index == expert
+    before = tl.sum(tl.where(index < expert, tiles, 0), 0)
+    start = tl.sum(tl.where(mine, starts, 0), 0) + (tile - before) * ROWS
+    end = tl.sum(tl.where(mine, ends, 0), 0)
+    return expert, start, end
+
+
+@triton.jit
+def _project_kernel(
+    x, source, w, a, b, bias, offsets, out, low,
+    n_size, k_size,
+    x_row, w_expert, w_n, w_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
+    experts: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr,
+    HAS_SOURCE: tl.constexpr, HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    n_tiles = tl.cdiv(n_size, COLUMNS)
+    tile = tl.program_id(0) // n_tiles
+    column_tile = tl.program_id(0) % n_tiles
+    expert, start, end = _find_tile(offsets, tile, experts, EXPERTS, ROWS)
+    if expert < experts:
+        rows = start + tl.arange(0, ROWS)
+        row_mask = rows < end
+        if HAS_SOURCE:
+            position = tl.load(source + rows, mask=row_mask, other=0).to(tl.int64)
+        else:
+            position = tl.where(row_mask, rows, start).to(tl.int64)
+        columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+        column_mask = columns < n_size
+        steps = tl.arange(0, STEP)
+        ranks = tl.arange(0, RANK)
+        expert64 = expert.to(tl.int64)
+        x_at = x + position[:, None] * x_row + steps[None, :]
+        # Past the last column any column will do; where there are none, the addresses stay contiguous for the compiler.
+        inside_columns = columns if EVEN_N else tl.where(column_mask, columns, 0)
+        w_at = w + expert64 * w_expert + inside_columns[None, :] * w_n + steps[:, None] * w_k
+        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        if HAS_LORA:
+            a_at = a + expert64 * a_expert + ranks[None, :] * a_r + steps[:, None] * a_k
+            low_total = tl.zeros((ROWS, RANK), dtype=tl.float32)
+        for k in range(0, k_size, STEP):
+            if EVEN_K:
+                x_tile = tl.load(x_at)
+                w_tile = tl.load(w_at)
+            else:
+                inside = k + steps < k_size
+                x_tile = tl.load(x_at, mask=inside[None, :], other=0.0)
+                w_tile = tl.load(w_at, mask=inside[:, None], other=0.0)
+            total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
+            if HAS_LORA:
+                if EVEN_K:
+                    a_tile = tl.load(a_at)
+                else:
+                    a_tile = tl.load(a_at, mask=(k + steps < k_size)[:, None], other=0.0)
+                low_total = tl.dot(x_tile, a_tile, low_total, input_precision=PRECISION)
+                a_at += STEP * a_k
+            x_at += STEP
+            w_at += STEP * w_k
+        if HAS_LORA:
+            low_tile = low_total.to(x.dtype.element_ty)
+            b_tile = tl.load(b + expert64 * b_expert + ranks[:, None] * b_r + inside_columns[None, :] * b_n)
+            total = tl.dot(low_tile, b_tile, total, input_precision=PRECISION)
+            if column_tile == 0:
+                low_at = low + rows.to(tl.int64)[:, None] * RANK + ranks[None, :]
+                tl.store(low_at, low_tile, mask=row_mask[:, None])
+        if HAS_BIAS:
+            total += tl.load(bias + expert64 * n_size + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        out_at = out + rows.to(tl.int64)[:, None] * n_size + columns[None, :]
+        tl.store(out_at, total.to(out.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+
+
+@cache
+def _large_shared_memory(device: torch.device) -> bool:
+    """Whether a program may hold 200 KB of shared memory (H100, H200, B200)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) in _LARGE
+
+
+_LARGE = ((9, 0), (10, 0), (10, 3))
+
+
+def _tiles(rows: int, experts: int, rank: int, device: torch.device) -> dict[str, int]:
+    """Tile sizes by the mean number of rows of an expert; `benchmarks/kernels.py --sweep` measures them."""
+    mean = rows / experts
+    if mean <= 16:
+        return {"ROWS": 16, "COLUMNS": 128, "STEP": 128, "num_warps": 4, "num_stages": 3}
+    if mean <= 48:
+        return {"ROWS": 64, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 4}
+    if _large_shared_memory(device) and rank <= 32:
+        return {"ROWS": 128, "COLUMNS": 256, "STEP": 64, "num_warps": 8, "num_stages": 4}
+    return {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 8, "num_stages": 2}
+
+
+def project(
+    x: Tensor,
+    source: Tensor | None,
+    weight: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor,
+    tiles: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Rows through their expert's projection.
+
+    Args:
+        x: `(T, K)` with unit stride in K. source: `(S,)` row of x for each sorted row; `None`: x is `(S, K)` itself.
+        weight: `(E, N, K)`, any strides. a: `(E, R, K)`, b: `(E, N, R)`, any strides, R a power of two >= 16;
+            or both `None`.
+        bias: contiguous `(E, N)` or `None`. offsets: `(E,)` int32 ends of the experts' rows.
+
+    Returns: out `(S, N)` and low `(S, R)` in the dtype of x; rows past `offsets[-1]` are not written.
+    """
+    rows = x.shape[0] if source is None else source.shape[0]
+    experts, n_size, k_size = weight.shape
+    rank = 16 if a is None else a.shape[1]
+    out = torch.empty(rows, n_size, dtype=x.dtype, device=x.device)
+    low = None if a is None else torch.empty(rows, rank, dtype=x.dtype, device=x.device)
+    if rows == 0:
+        return out, low
+    chosen = dict(tiles or _tiles(rows, experts, rank if a is not None else 0, x.device))
+    row_tiles = rows // chosen["ROWS"] + min(experts, rows)
+    grid = (row_tiles * triton.cdiv(n_size, chosen["COLUMNS"]),)
+    a_strides = (0, 0, 0) if a is None else a.stride()
+    b_strides = (0, 0, 0) if b is None else b.stride()
+    _project_kernel[grid](
+        x, source, weight, a, b, bias, offsets, out, low,
+        n_size, k_size,
+        x.stride(0), *weight.stride(), *a_strides, *b_strides,
+        experts=experts, EXPERTS=triton.next_power_of_2(experts), RANK=rank,
+        HAS_SOURCE=source is not None, HAS_LORA=a is not None, HAS_BIAS=bias is not None,
+        EVEN_K=k_size % chosen["STEP"] == 0, EVEN_N=n_size % chosen["COLUMNS"] == 0,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        **chosen,
+    )  # fmt: skip
+    return out, low

@@ -1,0 +1,314 @@
+"""FP8 weights with their scales: they stay FP8 in memory, and are rebuilt in 16 bits for each product.
+
+Every storage is cut into pieces, each one tensor of the base with its scale: a stacked parameter of all experts, or
+the weight of one linear of one expert. A piece whose weight is in 16 bits is taken as it is, whatever scale lies next
+to it: some layers are 16-bit by design, and compressed-tensors decompresses a linear in place and leaves its scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .built import BuiltWeight, chunks, split_path, stated_dtype
+from .dense import DENSE_DTYPES
+from .grid import FLOAT8, Grid, decode_scale, find_grids, quantize
+from .requantized import Change, report
+
+
+def scale_names(weight: str) -> tuple[str, ...]:
+    """The attributes under which the scale of a weight is looked for, next to it."""
+    return tuple(f"{weight}{suffix}" for suffix in ("_scale_inv", "_scale", "_weight_scale_inv", "_weight_scale"))
+
+
+def has_float8(tensors: Iterable[Any]) -> bool:
+    """Whether any of these tensors holds FP8 codes."""
+    return any(getattr(tensor, "dtype", None) in FLOAT8 for tensor in tensors)
+
+
+def find_scale(module: Any, weight: str) -> str | None:
+    """The name of the scale next to a weight; `None` if there is none."""
+    return next((name for name in scale_names(weight) if isinstance(getattr(module, name, None), Tensor)), None)
+
+
+def stated_block(module: Any) -> tuple[int, int] | None:
+    """The block size that a module or its config states for weights; `None` if it states none."""
+    block = getattr(module, "block_size", None)
+    if block is None:
+        settings = getattr(getattr(module, "config", None), "quantization_config", None)
+        block = settings.get("weight_block_size") if isinstance(settings, dict) else None
+        block = getattr(settings, "weight_block_size", block)
+    return None if block is None else (int(block[0]), int(block[1]))
+
+
+@dataclass(eq=False)
+class FP8Piece:
+    """One tensor of the base, seen as `(experts, rows, cols)`, and the rows of the projection that it fills.
+
+    Attributes:
+        module, weight: the tensor is `module.<weight>`, 3-D of all experts or 2-D of one.
+        where: its path, for messages. rows: which rows of the projection. expert: of a 2-D tensor.
+        transposed: held as `(in, out)`. halves: its rows are gate and up.
+    """
+
+    module: Any
+    weight: str
+    where: str
+    rows: slice
+    expert: int | None = None
+    transposed: bool = False
+    halves: bool = False
+    _grids: dict[Any, Grid] = field(default_factory=dict, repr=False)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The weight as it is stored."""
+        return getattr(self.module, self.weight).data
+
+    @property
+    def elements(self) -> int:
+        """Weights of one expert."""
+        return self.codes[0].numel()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The tensors of the base: the weight and, if it is FP8, its scale."""
+        weight = getattr(self.module, self.weight)
+        name = find_scale(self.module, self.weight) if self.packed else None
+        return [weight] if name is None else [weight, getattr(self.module, name)]
+
+    @property
+    def packed(self) -> bool:
+        """Whether the weight is FP8; a weight in 16 bits needs no scale."""
+        return self.tensor.dtype in FLOAT8
+
+    @property
+    def codes(self) -> Tensor:
+        """`(E, rows, cols)`, a view."""
+        return self.tensor if self.tensor.dim() == 3 else self.tensor.unsqueeze(0)
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale as it is stored. Raises `ValueError` if there is none."""
+        name = find_scale(self.module, self.weight)
+        if name is None:
+            raise ValueError(
+                f"{self.where} is stored as {self.tensor.dtype} without a scale: looked for "
+                f"{', '.join(scale_names(self.weight))} on {type(self.module).__name__}. FP8 codes mean nothing "
+                "without their scale, so they are not cast. If the checkpoint has the scale and the loader dropped "
+                "it, call `peft_moe.checkpoint.scales.recover_scales(model, checkpoint)` first."
+            )
+        return getattr(self.module, name).data
+
+    def scales(self) -> Tensor:
+        """The scales as stored, viewed as `(E or 1, r, c)`. Raises `ValueError` for a shape that cannot be."""
+        scale, (experts, rows, _) = self.scale, self.codes.shape
+        if scale.numel() == 1:
+            return scale.reshape(1, 1, 1)
+        if self.tensor.dim() == 3:
+            if scale.shape in ((experts,), (experts, rows)):
+                return scale.reshape(experts, -1, 1)
+            if scale.dim() == 3 and scale.shape[0] == experts:
+                return scale
+        elif scale.shape == (rows,) or (scale.shape == (1, rows) and stated_block(self.module) is None):
+            return scale.reshape(1, rows, 1)  # by row; `(1, rows)` is how row-wise kernels want it
+        elif scale.dim() == 2:
+            return scale.unsqueeze(0)
+        raise self._misfit(scale, "")
+
+    def _misfit(self, scale: Tensor, why: str) -> ValueError:
+        block = stated_block(self.module)
+        return ValueError(
+            f"{self.where}: a scale of shape {tuple(scale.shape)} does not fit a weight of shape "
+            f"{tuple(self.tensor.shape)}{f' in blocks of {block}' if block else ''}{why and f': {why}'}. Expected one "
+            "scale for the tensor, one an expert, one a row, or one a block."
+        )
+
+    def grid(self) -> Grid:
+        """Where the scales apply. Raises `ValueError` if they do not fit."""
+        scales, codes = self.scales(), self.codes
+        key = (codes.shape, scales.shape)
+        if key not in self._grids:
+            counts = (scales.shape[1], scales.shape[2])
+            # A block size is stated for scales of blocks; `weight_scale` and scales without columns are none.
+            by_block = find_scale(self.module, self.weight) == f"{self.weight}_scale_inv"
+            by_block = by_block and self.scale.dim() == self.tensor.dim()
+            stated = stated_block(self.module) if by_block else None
+            try:
+                found = find_grids(codes.shape[1], codes.shape[2], counts, stated, self.halves)
+            except ValueError as error:
+                raise self._misfit(self.scale, str(error)) from error
+            if len(found) > 1 and codes.device.type == "meta":
+                return found[0]
+            self._grids[key] = found[0] if len(found) == 1 else max(found, key=self._fill)
+        return self._grids[key]
+
+    def _fill(self, grid: Grid) -> float:
+        """How near the largest code of each block comes to the largest code there is: at its top in the right grid.
+
+        Gate and up that were quantized apart, in blocks that do not divide their rows, can have as many scales as
+        the joined rows would have. A quantizer makes the largest code of a block as large as it can, which tells.
+        """
+        largest = grid.largest(self.codes.float())
+        return float((largest / torch.finfo(self.tensor.dtype).max).mean())
+
+    def check(self) -> None:
+        """Raise `ValueError` unless the weight is in 16 bits, or FP8 with a scale that can be used."""
+        if self.packed:
+            self.grid()
+            scale = self.scale
+            if scale.device.type != "meta" and not torch.isfinite(decode_scale(scale)).all():
+                raise self._misfit(scale, "it holds values that are not finite")
+        elif self.tensor.dtype not in DENSE_DTYPES:
+            raise ValueError(f"{self.where}: expert weights are stored as {self.tensor.dtype}, expected FP8 or 16 bits")
+
+    def dequantize(self, experts: Sequence[int] | slice, wide: torch.dtype) -> Tensor:
+        """`(E', rows, cols)` in fp32 or fp64, as stored: not transposed."""
+        values = self.codes[experts].to(wide)
+        if not self.packed:
+            return values
+        scales = self.scales()
+        scales = scales if scales.shape[0] == 1 else scales[experts]
+        return self.grid().scale_(values, decode_scale(scales).to(wide))
+
+    def requantize(self, experts: list[int], delta: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor | None, Change]:
+        """New codes and scales of some experts after `delta (E', rows, cols)`, and what rounding did. Writes nothing.
+
+        A block whose delta is zero keeps its bytes.
+        """
+        exact = self.dequantize(experts, wide) + delta
+        if not self.packed:
+            codes = exact.to(self.tensor.dtype)
+            return codes, None, Change.of(codes.to(wide), exact, delta)
+        grid, scales = self.grid(), self.scales()
+        shared = scales.shape[0] == 1 and len(self.codes) > 1
+        codes, found = quantize(exact.clone(), grid, self.tensor.dtype, scales.dtype, shared)
+        old_codes, old_scales = self.codes[experts], scales if shared else scales[experts]
+        still = grid.largest(delta) == 0
+        if shared:
+            still = still.all().expand(1, 1, 1)
+        if still.any():
+            elements = grid.expand(still.expand(len(experts), *grid.shape))
+            codes = torch.where(elements, old_codes.view(torch.uint8), codes.view(torch.uint8)).view(codes.dtype)
+            found = torch.where(still, old_scales.view(_bits(found)), found.view(_bits(found))).view(found.dtype)
+        stored = grid.scale_(codes.to(wide), decode_scale(found).to(wide))
+        return codes, found, Change.of(stored, exact, delta)
+
+    def write(self, experts: list[int], codes: Tensor, scales: Tensor | None) -> None:
+        """Put new codes and scales of some experts in place."""
+        self.codes[experts] = codes
+        if scales is not None:
+            stored = self.scales()
+            stored[experts if len(stored) == len(self.codes) else slice(None)] = scales
+
+    def densify(self, dtype: torch.dtype) -> None:
+        """Replace the weight by a plain parameter, and drop its scale."""
+        codes = self.codes
+        dense = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        for chunk in chunks(len(codes), codes[0].numel()):
+            dense[chunk] = self.dequantize(chunk, torch.float32).to(dtype)
+        name = find_scale(self.module, self.weight)
+        setattr(self.module, self.weight, nn.Parameter(dense.view(self.tensor.shape), requires_grad=False))
+        if name is not None:
+            delattr(self.module, name)
+
+
+def _bits(scale: Tensor) -> torch.dtype:
+    """The integer type of a scale's width: `where` knows no 8-bit floats."""
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[scale.element_size()]
+
+
+class FP8Weight(BuiltWeight):
+    """The store of one projection in FP8; arguments as those of `BuiltWeight`.
+
+    Raises `ValueError` for an FP8 weight without a usable scale.
+    """
+
+    @torch.no_grad()
+    def add_(self, deltas: Iterable[tuple[Sequence[int], Tensor]]) -> None:
+        """See `ExpertWeight.add_`: summed in fp32, requantized once with new scales of the same granularity.
+
+        Nothing is written before all deltas were drawn and all results are finite: a failure changes nothing.
+        Raises `ValueError` if an expert comes twice, or a result is not finite.
+        """
+        self._check_devices()
+        drawn: set[int] = set()
+        ready: list[tuple[FP8Piece, list[int], Tensor, Tensor | None]] = []
+        shared = [p for p in self.pieces if p.packed and p.expert is None and p.scale.numel() == 1 < self.shape[0]]
+        later: list[tuple[list[int], Tensor]] = []  # one scale for all experts needs all of them at once
+        change = Change()
+        for experts, delta in deltas:
+            chosen = list(experts)
+            if drawn.intersection(chosen) or len(set(chosen)) < len(chosen):
+                raise ValueError(f"{self.name}: experts {sorted(drawn.intersection(chosen))} come twice in one merge")
+            drawn.update(chosen)
+            if shared:
+                later.append((chosen, delta))
+            for piece in self.pieces:
+                if piece not in shared:
+                    change += self._prepare(piece, chosen, delta, ready)
+        if later:
+            whole = torch.zeros(self.shape, dtype=later[0][1].dtype, device=self.device)
+            for chosen, delta in later:
+                whole[chosen] = delta.to(self.device)
+            for piece in shared:
+                change += self._prepare(piece, list(range(self.shape[0])), whole, ready)
+        for piece, chosen, codes, scales in ready:
+            piece.write(chosen, codes, scales)
+        self._kept = None
+        report(self.name, change)
+
+    def _prepare(self, piece: FP8Piece, experts: list[int], delta: Tensor, ready: list[Any]) -> Change:
+        if piece.expert is not None:
+            if piece.expert not in experts:
+                return Change()
+            position = experts.index(piece.expert)
+            delta, experts = delta[position : position + 1], [0]
+        delta = delta[:, piece.rows].to(self.device)
+        delta = delta.transpose(1, 2) if piece.transposed else delta
+        wide = torch.promote_types(delta.dtype, torch.float32)
+        try:
+            codes, scales, change = piece.requantize(experts, delta.to(wide), wide)
+        except ValueError as error:
+            raise ValueError(f"{piece.where}: {error}. Nothing was changed.") from error
+        ready.append((piece, experts, codes, scales))
+        return change
+
+
+def open_fp8_stack(
+    module: nn.Module, parts: Sequence[tuple[str, bool, bool]], shape: tuple[int, int, int], name: str
+) -> FP8Weight:
+    """The store of stacked FP8 parameters; the arguments are those of `open_stacked`."""
+    pieces, start = [], 0
+    for path, transposed, flat in parts:
+        owner, weight = split_path(module, path)
+        if flat:
+            raise ValueError(
+                f"{name}.{path}: FP8 experts that lie in one matrix under each other are not supported; expected a "
+                "3-D parameter. Load the model dequantized."
+            )
+        rows = getattr(owner, weight).shape[2 if transposed else 1]
+        halves = "gate_up" in weight and not transposed and getattr(owner, "is_concatenated", True)
+        rows_of = slice(start, start + rows)
+        pieces.append(FP8Piece(owner, weight, f"{name}.{path}", rows_of, transposed=transposed, halves=halves))
+        start += rows
+    return FP8Weight(pieces, shape, name, stated_dtype(module))
+
+
+def open_fp8_modules(linears: Sequence[Sequence[Any]], shape: tuple[int, int, int], name: str) -> FP8Weight:
+    """The store of the FP8 linears of a list of experts; the arguments are those of `open_modules`."""
+    pieces = []
+    for expert, modules in enumerate(linears):
+        start = 0
+        for linear in modules:
+            rows = slice(start, start + linear.weight.shape[0])
+            pieces.append(FP8Piece(linear, "weight", f"{name}.{expert} ({rows.start}:{rows.stop})", rows, expert))
+            start = rows.stop
+    dense = next(
+        (linear.weight.dtype for one in linears for linear in one if linear.weight.dtype in DENSE_DTYPES), None
+    )
+    return FP8Weight(pieces, shape, name, dense or torch.bfloat16)

@@ -1,0 +1,86 @@
+"""The Triton kernels, in Triton's interpreter on the CPU, against the same float64 loops as the torch path.
+
+The interpreter computes bf16 wrongly, so it is fp32 and fp16 here; `tests/gpu` runs bf16 on a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.ops.cases import Case, cases
+from tests.ops.test_experts import check
+
+pytest.importorskip("triton", reason="triton is not installed")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_the_interpreter")
+slow = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a device the kernels are compiled: tests/gpu")
+def test_in_the_interpreter() -> None:
+    """The tests below in a process of their own: Triton reads the setting when it is first imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parents[2], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+@interpreted
+@slow
+@given(cases(), st.sampled_from([torch.float32, torch.float16]))
+def test_whole_mlp(case: Case, dtype: torch.dtype) -> None:
+    """Output and every gradient, over routings, sizes, biases, gates, orientations and ranks."""
+
+    def cast(stack: object) -> object:
+        fields = ("weight", "bias", "a", "b")
+        values = {name: getattr(stack, name) for name in fields}
+        return dataclasses.replace(stack, **{k: None if v is None else v.to(dtype) for k, v in values.items()})
+
+    weights = case.weights.float() if case.weights.dtype == torch.bfloat16 else case.weights
+    gate = "softcapped" if case.gate == "clamped" else case.gate
+    check(
+        dataclasses.replace(
+            case,
+            x=case.x.to(dtype),
+            weights=weights,
+            up=cast(case.up),
+            down=cast(case.down),
+            gate=gate,
+            backend="triton",
+        )  # fmt: skip
+    )
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "columns", "step"), [(16, 32, 16), (32, 16, 32), (64, 64, 16)])
+@pytest.mark.parametrize("width", [48, 40])
+def test_tiles(rows: int, columns: int, step: int, width: int) -> None:
+    """Whatever the tile sizes, and where they do not divide the shapes."""
+    from peft_moe.ops.triton.project import project
+
+    torch.manual_seed(rows + width)
+    experts, out_features, rank = 3, 72, 16
+    owners = torch.tensor([0] * 5 + [2] * 40)
+    offsets = torch.searchsorted(owners, torch.arange(experts), right=True).int()
+    x, source = torch.randn(20, width), torch.randint(0, 20, (45,))
+    weight, a = torch.randn(experts, out_features, width), torch.randn(experts, rank, width)
+    b, bias = torch.randn(experts, out_features, rank), torch.randn(experts, out_features)
+    tiles = {"ROWS": rows, "COLUMNS": columns, "STEP": step, "num_warps": 4, "num_stages": 1}
+    for layout in (weight, weight.mT.contiguous().mT):
+        out, low = project(x, source, layout, a, b, bias, offsets, tiles)
+        for row, (owner, position) in enumerate(zip(owners.tolist(), source.tolist(), strict=True)):
+            expected_low = a[owner].double() @ x[position].double()
+            expected = weight[owner].double() @ x[position].double() + b[owner].double() @ expected_low + bias[owner]
+            assert low is not None and (low[row] - expected_low).norm() < 1e-4 * expected_low.norm()
+            assert (out[row] - expected).norm() < 1e-4 * expected.norm()
