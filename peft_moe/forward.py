@@ -67,12 +67,12 @@ def run_experts(
         routing = route(index, spec.num_experts, sentinels)
         names = _taking_part(layer)
         if _whole_mlp(layer, names):
-            rank = max((_rank(layer, projection, names) for projection in spec.projections), default=0)
+            rank = max([_rank(layer, projection, names) for projection in spec.projections])  # a list: Dynamo
             backend = choose(layer.backend, x.device, dtype, rank, spec.num_experts)
             first, second = (_joined(layer, projection, names, dtype, backend) for projection in spec.projections)
             gate = spec.closed_form if spec.closed_form else lambda pre: activation(layer, pre)
             return expert_mlp(x, weights, routing, first, second, gate, backend, out_dtype)
-        rows = Gather.apply(x, routing.order, routing.inverse, routing.top_k, routing.valid)
+        rows = Gather.apply(x, routing.source, routing.inverse, routing.top_k, routing.valid)
         row_adapter = _row_adapter(layer, names, x.shape[0], routing, copies)
         up, down = spec.projections
         hidden = activation(layer, _project(layer, up, rows, routing, names, row_adapter, dtype))
@@ -93,7 +93,7 @@ def run_projection(layer: MoELoraLayer, rows: Tensor, offsets: Tensor) -> Tensor
         rows = rows.to(dtype)
         positions = torch.arange(rows.shape[0], device=rows.device, dtype=offsets.dtype)
         experts = torch.searchsorted(offsets, positions, right=True).clamp(max=layer.spec.num_experts - 1)
-        routing = Routing(positions, positions, experts, offsets, 1, None)
+        routing = Routing(positions, positions, positions, experts, offsets, 1, None)
         return _project(layer, projection, rows, routing, layer.active, None, dtype).to(out_dtype)
 
 
@@ -166,7 +166,7 @@ def _row_adapter(layer: MoELoraLayer, names: list[str], tokens: int, routing: Ro
         [names.index(n) if n in names else -1 for n in layer.mixed_batch], device=routing.order.device
     )
     per_token = numbers.repeat_interleave(tokens // (samples * copies)).repeat(copies)
-    return per_token[routing.order // routing.top_k].unsqueeze(-1)
+    return per_token[routing.source].unsqueeze(-1)
 
 
 def _project(

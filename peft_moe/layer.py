@@ -16,7 +16,7 @@ from .config import MoELoraConfig
 from .layouts import ExpertsSpec, ProjectionSpec
 from .ops.grouped import log_once
 from .settings import AdapterSettings, nominal_scaling, resolve
-from .weights import ExpertWeight, open_modules, open_stacked
+from .weights import ExpertWeight, ModuleStack, open_modules, open_stacked
 
 
 def open_store(base: nn.Module, spec: ExpertsSpec, projection: ProjectionSpec, name: str) -> ExpertWeight:
@@ -303,6 +303,12 @@ class MoELoraLayer(nn.Module, LoraLayer):
             raise
         self.merged_adapters[:] = names
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """See PEFT. Disabled adapters that are merged are taken out of the base weights."""
+        if not enabled:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
     def _restore_base(self) -> None:
         for name, saved in self._base_bytes.items():
             self.stores[name].restore(saved)
@@ -320,6 +326,9 @@ class MoELoraLayer(nn.Module, LoraLayer):
         for binding in self._bindings:
             binding.remove()
         self._bindings = []
+        for store in self.stores.values():
+            if isinstance(store, ModuleStack):
+                store.release()
 
     # --- a list of experts is a list still -------------------------------------------------------------------------
 

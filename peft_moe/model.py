@@ -18,7 +18,6 @@ from .layer import MoELoraLayer
 from .layouts import ExpertsSpec, find_experts
 from .settings import adapted_experts, check_against_model, layer_number, resolve, targeted_projections
 
-
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -49,6 +48,8 @@ class MoELoraModel(LoraModel):
                 for key, shape in native.expected_shapes(name, spec, resolve(config, spec, name)).items()
             }
             native.check_shapes(config.file_shapes, expected, adapter_name)
+            if config.expert_targets:  # else variants may be on that shape linears otherwise
+                native.check_linears(config.file_shapes, model, config, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _find_targets(self, model: nn.Module, config: MoELoraConfig) -> dict[str, ExpertsSpec]:
@@ -81,7 +82,7 @@ class MoELoraModel(LoraModel):
     def _asks_for(self, config: MoELoraConfig, name: str) -> bool:
         """Whether `exclude_modules`, `modules_to_save` and `layers_to_transform` leave an experts module in."""
         own = copy.copy(config)
-        own.target_modules = {name}
+        own.target_modules = {name.rpartition(".")[2]}  # a full name would go past `layers_to_transform`
         found = check_target_module_exists(own, name)
         return bool(found) and not isinstance(found, ExcludedModule)
 
@@ -176,6 +177,12 @@ class MoELoraModel(LoraModel):
                 self._linear_bytes[name] = weight.detach().clone()
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
+    def disable_adapter_layers(self) -> None:
+        """See PEFT. What is merged is unmerged first, bit for bit: disabled means the base."""
+        if any(layer.merged for layer in [*self.expert_layers, *(one for _, one in self._stock_layers())]):
+            self.unmerge_adapter()
+        super().disable_adapter_layers()
+
     @torch.no_grad()
     def unmerge_adapter(self) -> None:
         """See PEFT. The base weights are those of before the merge, bit for bit."""
@@ -223,12 +230,21 @@ class MoELoraModel(LoraModel):
                 or not hasattr(layer, "get_delta_weight")
             ):
                 continue
-            for adapter in adapter_names or layer.active_adapters:
-                if adapter in layer.lora_A and not torch.isfinite(weight + layer.get_delta_weight(adapter)).all():
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. {name}: merging {adapter} leaves values that are not "
-                        "finite; the adapter seems broken. Nothing was changed."
-                    )
+            # Tried and taken back: only PEFT's own merge knows what its variants (DoRA) and its roundings give.
+            saved = {key: one.detach().clone() for key, one in layer.get_base_layer().named_parameters(recurse=False)}
+            merged = list(layer.merged_adapters)
+            try:
+                layer.merge(safe_merge=True, adapter_names=adapter_names)
+            except ValueError as error:
+                names = ", ".join(adapter_names or self.active_adapters)
+                raise ValueError(
+                    f"NaNs detected in the merged weights. {name}: merging {names} leaves values that are not finite "
+                    f"in {weight.dtype}; the adapter seems broken. Nothing was changed."
+                ) from error
+            finally:
+                for key, one in saved.items():
+                    getattr(layer.get_base_layer(), key).data.copy_(one)
+                layer.merged_adapters[:] = merged
 
     # --- weighted adapters -------------------------------------------------------------------------------------------
 
@@ -260,6 +276,8 @@ class MoELoraModel(LoraModel):
         experts = {native.full_key(key): value for key, value in state_dict.items() if key in mine}
         rest = {key: value for key, value in state_dict.items() if key not in mine}
         matched = native.check_shapes({key: value.shape for key, value in experts.items()}, expected, adapter_name)
+        if config.expert_targets:
+            native.check_linears({key: value.shape for key, value in rest.items()}, model, config, adapter_name)
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
         in_memory = native.PREFIX if any(name.startswith(native.PREFIX) for name, _ in model.named_modules()) else ""
         for own, key in matched.items():

@@ -67,6 +67,7 @@ class _ExpertMLP(torch.autograd.Function):
         down_a: Tensor | None,
         down_b: Tensor | None,
         order: Tensor,
+        source: Tensor,
         inverse: Tensor,
         experts: Tensor,
         offsets: Tensor,
@@ -76,8 +77,8 @@ class _ExpertMLP(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         run = _pieces(backend)
-        routing = Routing(order, inverse, experts, offsets, weights.shape[1], valid)
-        rows = run.gather(x, order // weights.shape[1])
+        routing = Routing(order, source, inverse, experts, offsets, weights.shape[1], valid)
+        rows = run.gather(x, source)
         pre, up_low = run.project(rows, stack_tensor(up_weight), up_a, up_b, up_bias, routing, backend)
         hidden = run.activate_rows(activation, pre)
         out, down_low = run.project(
@@ -106,8 +107,8 @@ class _ExpertMLP(torch.autograd.Function):
         backend, run = ctx.backend, _pieces(ctx.backend)
         need_x, need_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         need_up = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
-        routing = Routing(order, inverse, experts, offsets, weights.shape[1], valid)
-        source = order // weights.shape[1]
+        source = order // weights.shape[1]  # rebuilt: it is as large as the routing itself
+        routing = Routing(order, source, inverse, experts, offsets, weights.shape[1], valid)
         row_weight = weights.reshape(-1)[order]
 
         d_rows = run.gather(grads[0].to(x.dtype), source)  # before weighting
@@ -147,7 +148,7 @@ class _ExpertMLP(torch.autograd.Function):
                 d_x = run.combine(d_gathered, None, routing, x.dtype)
         return (
             d_x, d_weights, None, None, d_up_a, d_up_b, None, None, d_down_a, d_down_b,
-            None, None, None, None, None, None, None, None,
+            None, None, None, None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -175,6 +176,6 @@ def expert_mlp(
     Returns: `(T, H)`. Differentiable in x, weights and the adapters, never in the frozen tensors.
     """
     return _ExpertMLP.apply(
-        x, weights, *up, *down, routing.order, routing.inverse, routing.experts, routing.offsets, routing.valid,
-        activation, backend, dtype,
+        x, weights, *up, *down, routing.order, routing.source, routing.inverse, routing.experts, routing.offsets,
+        routing.valid, activation, backend, dtype,
     )  # fmt: skip

@@ -13,6 +13,7 @@ class Routing(NamedTuple):
 
     Attributes:
         order: `(S,)` int64, flat position `t * k + j` of each sorted row.
+        source: `(S,)` int64, token of each sorted row, `order // k`.
         inverse: `(S,)` int64, sorted position of each flat row: `order[inverse[i]] == i`.
         experts: `(S,)` int64, expert of each sorted row, clamped into `[0, E)`.
         offsets: `(E,)` int32, end of each expert's rows; rows at or past `offsets[-1]` belong to no expert.
@@ -21,6 +22,7 @@ class Routing(NamedTuple):
     """
 
     order: Tensor
+    source: Tensor
     inverse: Tensor
     experts: Tensor
     offsets: Tensor
@@ -49,7 +51,7 @@ def route(index: Tensor, num_experts: int, sentinels: bool) -> Routing:
     if sentinels:
         valid = (experts < num_experts).unsqueeze(-1)
         experts = experts.clamp(max=num_experts - 1)
-    return Routing(order, inverse, experts, offsets, top_k, valid)
+    return Routing(order, order // top_k, inverse, experts, offsets, top_k, valid)
 
 
 def has_sentinels(index: Tensor, num_experts: int) -> bool:
@@ -70,11 +72,11 @@ class Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, top_k: int, valid: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, source: Tensor, inverse: Tensor, top_k: int, valid: Tensor | None) -> Tensor:
         ctx.save_for_backward(inverse, valid)
         ctx.top_k = top_k
         ctx.tokens = x.shape[0]
-        return x[order // top_k]
+        return x[source]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

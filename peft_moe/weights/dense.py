@@ -182,6 +182,15 @@ class ModuleStack(_Dense):
         return True
 
     @torch.no_grad()
+    def release(self) -> None:
+        """Give each module's weight a storage of its own again."""
+        if self._is_housed():
+            for modules in self.linears:
+                for linear in modules:
+                    linear.weight.data = linear.weight.data.clone()
+        self.stack = None
+
+    @torch.no_grad()
     def frozen(self) -> Tensor:
         """The `(E, out, in)` stack, which the modules' weights are views of."""
         if not torch.compiler.is_compiling() and not self._is_housed():

@@ -1,4 +1,4 @@
-"""Every architecture: attach, forward, gradients, save, reload, merge, unmerge, against the base with deltas written in."""
+"""Every architecture: forward, gradients, save, reload, merge, unmerge, against the base with deltas written in."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def generic(x: Tensor, weights: Tensor, routing: object, up: Projection, down: P
             out = out + mask_rows(lora_linear(rows, one.a, one.b, routing.offsets, case.backend), routing.valid)
         return out if one.bias is None else out + one.bias[routing.experts]
 
-    rows = Gather.apply(x, routing.order, routing.inverse, routing.top_k, routing.valid)
+    rows = Gather.apply(x, routing.source, routing.inverse, routing.top_k, routing.valid)
     pre = project(rows, up)
     gate = gate_of(case.gate)
     hidden = F.silu(pre.chunk(2, -1)[0]) * pre.chunk(2, -1)[1] if gate == SILU_GATED else gate(pre)

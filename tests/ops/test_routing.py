@@ -70,7 +70,7 @@ def test_gather(case: tuple[Tensor, int], dtype: torch.dtype, width: int, wide: 
     x = torch.randn(index.shape[0], width).to(dtype)
     x = (strided(x) if wide else x).requires_grad_()
     routing = route(index, experts, sentinels=True)
-    rows = Gather.apply(x, routing.order, routing.inverse, routing.top_k, routing.valid)
+    rows = Gather.apply(x, routing.source, routing.inverse, routing.top_k, routing.valid)
     expected = sorted((int(expert), place) for place, expert in enumerate(index.flatten()))
     tokens = [place // index.shape[1] for _, place in expected]
     assert torch.equal(rows, x.detach()[tokens])

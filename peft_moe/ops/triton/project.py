@@ -1,10 +1,11 @@
-"""One projection of all experts with its adapter as a single kernel: gather, base product, LoRA A and LoRA B.
+"""One projection of all experts with its adapter: gather, base product, LoRA A and LoRA B.
 
     low[m] = A[e] x[source[m]]          out[m] = W[e] x[source[m]] + B[e] low[m] + bias[e]
 
-A program computes a tile of rows of one expert and a tile of columns. LoRA A rides along in the loop over K (its rank
-is small beside the tile), so the input is read once; LoRA B is one more step of the same accumulation. Which expert a
-program works for follows from the offsets on the device: nothing waits for the host.
+A program computes a tile of rows of one expert and a tile of columns. LoRA B is one more step of the base product's
+accumulation. With few rows an expert, where launches count, LoRA A rides along in the loop over K; with many, its
+narrow tile would slow the matrix units more than a pass of its own over the input costs. Which expert a program works for
+follows from the offsets on the device: nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _project_kernel(
     n_size, k_size,
     x_row, w_expert, w_n, w_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
     experts: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr,
-    HAS_SOURCE: tl.constexpr, HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SOURCE: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +64,7 @@ def _project_kernel(
         inside_columns = columns if EVEN_N else tl.where(column_mask, columns, 0)
         w_at = w + expert64 * w_expert + inside_columns[None, :] * w_n + steps[:, None] * w_k
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        if HAS_LORA:
+        if HAS_A:
             a_at = a + expert64 * a_expert + ranks[None, :] * a_r + steps[:, None] * a_k
             low_total = tl.zeros((ROWS, RANK), dtype=tl.float32)
         for k in range(0, k_size, STEP):
@@ -75,7 +76,7 @@ def _project_kernel(
                 x_tile = tl.load(x_at, mask=inside[None, :], other=0.0)
                 w_tile = tl.load(w_at, mask=inside[:, None], other=0.0)
             total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
-            if HAS_LORA:
+            if HAS_A:
                 if EVEN_K:
                     a_tile = tl.load(a_at)
                 else:
@@ -84,13 +85,17 @@ def _project_kernel(
                 a_at += STEP * a_k
             x_at += STEP
             w_at += STEP * w_k
-        if HAS_LORA:
-            low_tile = low_total.to(x.dtype.element_ty)
+        if HAS_B:
+            low_at = low + rows.to(tl.int64)[:, None] * RANK + ranks[None, :]
+            if HAS_A:
+                low_tile = low_total.to(x.dtype.element_ty)
+            else:
+                low_tile = tl.load(low_at, mask=row_mask[:, None], other=0.0)
             b_tile = tl.load(b + expert64 * b_expert + ranks[:, None] * b_r + inside_columns[None, :] * b_n)
             total = tl.dot(low_tile, b_tile, total, input_precision=PRECISION)
-            if column_tile == 0:
-                low_at = low + rows.to(tl.int64)[:, None] * RANK + ranks[None, :]
-                tl.store(low_at, low_tile, mask=row_mask[:, None])
+            if HAS_A:
+                if column_tile == 0:
+                    tl.store(low_at, low_tile, mask=row_mask[:, None])
         if HAS_BIAS:
             total += tl.load(bias + expert64 * n_size + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
         out_at = out + rows.to(tl.int64)[:, None] * n_size + columns[None, :]
@@ -106,16 +111,22 @@ def _large_shared_memory(device: torch.device) -> bool:
 _LARGE = ((9, 0), (10, 0), (10, 3))
 
 
-def _tiles(rows: int, experts: int, rank: int, device: torch.device) -> dict[str, int]:
-    """Tile sizes by the mean number of rows of an expert; `benchmarks/kernels.py --sweep` measures them."""
+def _tiles(rows: int, experts: int, columns: int, device: torch.device) -> dict[str, int]:
+    """Tile sizes by the mean number of rows of an expert; `benchmarks/pieces.py --sweep` measures them."""
     mean = rows / experts
+    if columns <= 64:  # LoRA A by itself
+        width = max(16, triton.next_power_of_2(columns))
+        return {"ROWS": 128 if mean > FEW_ROWS else 32, "COLUMNS": width, "STEP": 64, "num_warps": 4, "num_stages": 4}
     if mean <= 16:
         return {"ROWS": 16, "COLUMNS": 128, "STEP": 128, "num_warps": 4, "num_stages": 3}
-    if mean <= 48:
+    if mean <= FEW_ROWS:
         return {"ROWS": 64, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 4}
-    if _large_shared_memory(device) and rank <= 32:
+    if _large_shared_memory(device):
         return {"ROWS": 128, "COLUMNS": 256, "STEP": 64, "num_warps": 8, "num_stages": 4}
     return {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 8, "num_stages": 2}
+
+
+FEW_ROWS = 48  # of an expert on average: up to here LoRA A rides along
 
 
 def project(
@@ -135,17 +146,22 @@ def project(
         weight: `(E, N, K)`, any strides. a: `(E, R, K)`, b: `(E, N, R)`, any strides, R a power of two >= 16;
             or both `None`.
         bias: contiguous `(E, N)` or `None`. offsets: `(E,)` int32 ends of the experts' rows.
+        tiles: sizes to use instead of the default ones.
 
     Returns: out `(S, N)` and low `(S, R)` in the dtype of x; rows past `offsets[-1]` are not written.
     """
     rows = x.shape[0] if source is None else source.shape[0]
     experts, n_size, k_size = weight.shape
-    rank = 16 if a is None else a.shape[1]
+    low = None
+    if a is not None and rows > FEW_ROWS * experts:
+        low, _ = project(x, source, a, None, None, None, offsets)
+        a = None
     out = torch.empty(rows, n_size, dtype=x.dtype, device=x.device)
-    low = None if a is None else torch.empty(rows, rank, dtype=x.dtype, device=x.device)
+    if a is not None:
+        low = torch.empty(rows, a.shape[1], dtype=x.dtype, device=x.device)
     if rows == 0:
         return out, low
-    chosen = dict(tiles or _tiles(rows, experts, rank if a is not None else 0, x.device))
+    chosen = tiles or _tiles(rows, experts, n_size, x.device)
     row_tiles = rows // chosen["ROWS"] + min(experts, rows)
     grid = (row_tiles * triton.cdiv(n_size, chosen["COLUMNS"]),)
     a_strides = (0, 0, 0) if a is None else a.stride()
@@ -154,8 +170,8 @@ def project(
         x, source, weight, a, b, bias, offsets, out, low,
         n_size, k_size,
         x.stride(0), *weight.stride(), *a_strides, *b_strides,
-        experts=experts, EXPERTS=triton.next_power_of_2(experts), RANK=rank,
-        HAS_SOURCE=source is not None, HAS_LORA=a is not None, HAS_BIAS=bias is not None,
+        experts=experts, EXPERTS=triton.next_power_of_2(experts), RANK=16 if b is None else b.shape[2],
+        HAS_SOURCE=source is not None, HAS_A=a is not None, HAS_B=b is not None, HAS_BIAS=bias is not None,
         EVEN_K=k_size % chosen["STEP"] == 0, EVEN_N=n_size % chosen["COLUMNS"] == 0,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         **chosen,

@@ -1,6 +1,6 @@
 """The kernels of `ops/triton` one by one against torch's pieces, with a sweep of tile sizes (CUDA only).
 
-python benchmarks/kernels.py            # Qwen3-30B-A3B's block
+python benchmarks/pieces.py            # Qwen3-30B-A3B's block
 """
 
 # ruff: noqa: B023, E741  every closure is timed before the loop moves on
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks/kernels.py needs a CUDA device")
+        sys.exit("benchmarks/pieces.py needs a CUDA device")
     experts, top_k, width, inner, rank = 128, 8, 2048, 768, 16
     torch.manual_seed(0)
 
