@@ -1,14 +1,18 @@
 """Per-expert LoRA for Mixture-of-Experts models, as a PEFT tuner.
 
-Importing this package registers the tuner type `MOELORA` with PEFT and changes nothing else.
+Importing this package registers the tuner type `MOELORA` with PEFT and the method of `BnbExpertsConfig` with
+transformers, and changes nothing else.
 """
 
 from .config import MoELoraConfig
 from .layer import MoELoraLayer
 from .model import MoELoraModel
+from .quantize import BnbExpertsConfig, quantize_experts
+from .quantize import loader as _loader
 from .registration import register
 
 __version__ = "0.1.0"
-__all__ = ["MoELoraConfig", "MoELoraLayer", "MoELoraModel", "__version__"]
+__all__ = ["BnbExpertsConfig", "MoELoraConfig", "MoELoraLayer", "MoELoraModel", "__version__", "quantize_experts"]
 
 register(MoELoraConfig, MoELoraModel)
+_loader.register()

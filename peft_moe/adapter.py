@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -76,8 +78,9 @@ def slot_factors(
     else:
         experts = max(a.shape[0], b.shape[0], len(settings.ranks))
         a, b = (factor.expand(experts, -1, -1) for factor in (a, b))
-    if scaling * settings.factor != 1.0:
-        b = b * (scaling * settings.factor)
+    nominal: Any = scaling * settings.factor  # a tensor once PEFT prepared the model for compiled hot-swapping
+    if isinstance(nominal, Tensor) or nominal != 1.0:
+        b = b * nominal
     if settings.scaling is not None:
         b = b * settings.constant("scaling", b.device)
     return a, b

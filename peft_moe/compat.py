@@ -68,8 +68,8 @@ class RegistryTable:
 
 # What two adapters must agree on to be hot-swapped, beside what PEFT asks of LoRA: all that shapes or scales experts.
 _HOTSWAP_KEYS = [
-    "r", "use_rslora", "lora_dropout", "alpha_pattern", "use_dora", "target_experts", "expert_r", "expert_alpha",
-    "expert_rank_pattern", "expert_alpha_pattern", "expert_indices", "split_gate_up", "share_experts",
+    "r", "lora_alpha", "use_rslora", "lora_dropout", "alpha_pattern", "use_dora", "target_experts", "expert_r",
+    "expert_alpha", "expert_rank_pattern", "expert_alpha_pattern", "expert_indices", "split_gate_up", "share_experts",
 ]  # fmt: skip
 
 

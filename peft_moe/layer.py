@@ -70,6 +70,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         self.merged_adapters: list[str] = []
         self.backend = "auto"
         self.mixed_batch: list[str] | None = None  # set by the model for the length of a call
+        self.dense_dtype: torch.dtype | None = None  # merging brings packed weights into it
         self.keep_base = True  # merging keeps the base's bytes for unmerge; merge_and_unload has no use for them
         self.hidden_from_lora_model = False
         self._disable_adapters = False
@@ -81,10 +82,8 @@ class MoELoraLayer(nn.Module, LoraLayer):
 
     def _bind(self, block: nn.Module | None) -> None:
         if self.spec.block_forward is not None and block is not None:
-            for store in self.stores.values():
-                if store.device.type != "meta":
-                    store.frozen()  # house the weights now, not in the first (perhaps compiled) call
             self._bindings = [BlockForward(block, self)]
+            self._house()
         elif self.spec.one_by_one:
             log_once(
                 f"{type(block).__name__}: not a known block of experts; its experts are adapted one by one, which is "
@@ -97,6 +96,18 @@ class MoELoraLayer(nn.Module, LoraLayer):
         for store in self.stores.values():
             if dtype is not None and hasattr(store, "activation_dtype"):
                 store.activation_dtype = dtype
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._house()
+        return self
+
+    def _house(self) -> None:
+        """House the weights of a list of experts now, not in the next call: it may be compiled, and could not."""
+        if self._bindings and not self.spec.one_by_one:
+            for store in self.stores.values():
+                if store.device.type != "meta":
+                    store.frozen()
 
     # --- what PEFT's LoraModel looks at --------------------------------------------------------------------------
 
@@ -120,6 +131,14 @@ class MoELoraLayer(nn.Module, LoraLayer):
             return getattr(self.base_layer, name)
 
     # --- adapters ------------------------------------------------------------------------------------------------
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.adapters)
+
+    @property
+    def weight(self) -> Tensor:
+        """One of the base's weights, for PEFT code that asks a LoRA layer where it lies."""
+        return next(self.base_layer.parameters())
 
     @property
     def active(self) -> list[str]:
@@ -275,8 +294,19 @@ class MoELoraLayer(nn.Module, LoraLayer):
         Args: safe_merge: check the result first (see `check_merge`). adapter_names: `None`: the active ones.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
-        if not names:
-            return
+        if self.dense_dtype is not None:
+            self._densify(torch.float32)  # in fp32 until the deltas are in: rounded once
+        if names:
+            self._merge(names, safe_merge)
+        if self.dense_dtype is not None:
+            self._densify(self.dense_dtype)
+
+    def _densify(self, dtype: torch.dtype) -> None:
+        for store in self.stores.values():
+            if hasattr(store, "densify"):
+                store.densify(dtype)
+
+    def _merge(self, names: list[str], safe_merge: bool) -> None:
         names = [*self.merged_adapters, *names]
         already = bool(self.merged_adapters)
         if already and self._base_bytes:

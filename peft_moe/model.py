@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from . import weighting
-from .checkpoint import native
+from .checkpoint import densify, native, trainable
 from .compat import BaseTunerLayer, ExcludedModule, LoraLayer, LoraModel, check_target_module_exists
 from .config import MoELoraConfig
+from .forward import check_mixed_batch
 from .layer import MoELoraLayer
 from .layouts import ExpertsSpec, find_experts
+from .linears import FP8LoraLinear, check_options, is_fp8_linear
 from .settings import adapted_experts, check_against_model, layer_number, resolve, targeted_projections
+from .weights import is_packed_linear, put_linear, saved_linear
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -50,6 +53,8 @@ class MoELoraModel(LoraModel):
             native.check_shapes(config.file_shapes, expected, adapter_name)
             if config.expert_targets:  # else variants may be on that shape linears otherwise
                 native.check_linears(config.file_shapes, model, config, adapter_name)
+        if self._targets:
+            trainable.prepare(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _find_targets(self, model: nn.Module, config: MoELoraConfig) -> dict[str, ExpertsSpec]:
@@ -114,6 +119,7 @@ class MoELoraModel(LoraModel):
         **kwargs: Any,
     ) -> None:
         if current_key not in self._targets:
+            check_options(lora_config, target, current_key)
             super()._create_and_replace(
                 lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
             )
@@ -131,6 +137,15 @@ class MoELoraModel(LoraModel):
         if layer is not target:
             layer.train(target.training)
             setattr(parent, target_name, layer)
+
+    @staticmethod
+    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if is_fp8_linear(base):
+            kwargs.pop("parameter_name", None)
+            lora_config.fan_in_fan_out = False
+            return FP8LoraLinear(target, adapter_name, config=lora_config, **kwargs)
+        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
     def _activation_dtype(self) -> torch.dtype | None:
         """The dtype that flows through the model, told by its first norm; `None` if it has none."""
@@ -150,6 +165,10 @@ class MoELoraModel(LoraModel):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = list(kwargs.get("adapter_names") or ())
         layers = self.expert_layers if names else []
+        if names:  # before PEFT puts its hooks in, which an exception would leave behind
+            _check_samples(names, args, kwargs)
+            for layer in layers:
+                check_mixed_batch(layer, names)
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             # A block reads single experts from a list, past any hook on it: the layers are told directly.
             for layer in layers:
@@ -170,11 +189,11 @@ class MoELoraModel(LoraModel):
         if safe_merge:
             self._check_merge_everywhere(adapter_names)
         if not hasattr(self, "_linear_bytes"):
-            self._linear_bytes: dict[str, Tensor] = {}
+            self._linear_bytes: dict[str, Any] = {}
         for name, layer in self._stock_layers():
             weight = getattr(layer.get_base_layer(), "weight", None)
             if isinstance(weight, Tensor) and not layer.merged and name not in self._linear_bytes:
-                self._linear_bytes[name] = weight.detach().clone()
+                self._linear_bytes[name] = saved_linear(layer.get_base_layer())
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def disable_adapter_layers(self) -> None:
@@ -190,8 +209,34 @@ class MoELoraModel(LoraModel):
         saved = getattr(self, "_linear_bytes", {})
         for name, layer in self._stock_layers():
             if name in saved:
-                layer.get_base_layer().weight.data.copy_(saved[name])
+                put_linear(layer.get_base_layer(), saved[name])
         self._linear_bytes = {}
+
+    def merge_and_unload(  # type: ignore[override]
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Any:
+        """See PEFT.
+
+        Args: dtype: merge packed weights (bitsandbytes, FP8, MXFP4) into plain ones of this dtype, summed in fp32 and
+            rounded once, instead of requantizing them.
+        """
+        if dtype is None:
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        if safe_merge:
+            self._check_merge_everywhere(adapter_names)
+        layers = self.expert_layers
+        names = tuple(f"{name}." for name, one in self.model.named_modules() if isinstance(one, MoELoraLayer))
+        densify.plain_linears(self.model, dtype, skip=names)
+        for layer in layers:
+            layer.dense_dtype = dtype
+        unloaded = super().merge_and_unload(progressbar, False, adapter_names)
+        densify.plain_experts(unloaded, dtype)
+        densify.unmark(unloaded, dtype)
+        return unloaded
 
     def _unload_and_optionally_merge(
         self,
@@ -227,6 +272,7 @@ class MoELoraModel(LoraModel):
             if (
                 not isinstance(weight, Tensor)
                 or not weight.is_floating_point()
+                or is_packed_linear(layer.get_base_layer())  # in bytes that are called numbers
                 or not hasattr(layer, "get_delta_weight")
             ):
                 continue
@@ -292,6 +338,16 @@ class MoELoraModel(LoraModel):
                 "as it is and load it on the residual base, or merge it."
             )
         return super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
+
+
+def _check_samples(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise `ValueError` unless a batch has as many samples as `adapter_names` has names."""
+    values = [*args[:1], *(kwargs.get(key) for key in ("input_ids", "inputs", "inputs_embeds", "pixel_values"))]
+    samples = next((value.shape[0] for value in values if isinstance(value, Tensor)), len(names))
+    if samples != len(names):
+        raise ValueError(
+            f"`adapter_names` has {len(names)} names, found a batch of {samples} samples; expected a name for each."
+        )
 
 
 def _no_experts(model: nn.Module) -> str:

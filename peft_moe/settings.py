@@ -107,8 +107,11 @@ class AdapterSettings:
         """
         key = (name, device)
         if key not in self._constants:
-            made = {"experts": self._experts, "scaling": self._relative_scaling, "rows": self._padded_rows}[name]()
-            self._constants[key] = made.to(device)
+            make = {"experts": self._experts, "scaling": self._relative_scaling, "rows": self._padded_rows}[name]
+            if torch.compiler.is_compiling():  # a graph that changed what its guards look at would compile again
+                return make().to(device)
+            with torch.inference_mode(False):  # it outlives this call, and training may follow
+                self._constants[key] = make().to(device)
         return self._constants[key]
 
     def _experts(self) -> Tensor:

@@ -10,17 +10,30 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .spec import logical_shape
+
 
 class Runner(Protocol):
     """What a layout may ask of the layer that adapts it."""
 
     def run_experts(
-        self, x: Tensor, index: Tensor, weights: Tensor, accumulate_dtype: torch.dtype | None = None
+        self,
+        x: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        accumulate_dtype: torch.dtype | None = None,
+        copies: int = 1,
     ) -> Tensor:
-        """See `layouts.spec.RunExperts`."""
+        """See `layouts.spec.RunExperts`; `copies`: how often all tokens stand in x, one copy after the other."""
 
     def run_projection(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """`(S, in)` rows sorted by expert, `(E,)` int32 ends -> `(S, out)` of the module's only projection."""
+
+
+def _experts(base: Any, name: str) -> int:
+    shape = logical_shape(base, name)
+    assert shape is not None
+    return shape[0]
 
 
 def tokens_index_weights(base: Any, runner: Runner, *args: Any, **kwargs: Any) -> Tensor:
@@ -65,17 +78,17 @@ def dbrx_4(base: Any, runner: Runner, x: Tensor, weights: Tensor, top_weights: T
 
 def every_expert_dense(base: Any, runner: Runner, hidden_states: Tensor) -> Tensor:
     """Llama4: `(E * T, H)`, every expert's copy of all tokens, already multiplied by the router's scores."""
-    experts = base.gate_up_proj.shape[0]
+    experts = _experts(base, "gate_up_proj")
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     index = torch.arange(experts, device=rows.device).repeat_interleave(rows.shape[0] // experts).unsqueeze(-1)
-    return runner.run_experts(rows, index, rows.new_ones(index.shape))
+    return runner.run_experts(rows, index, rows.new_ones(index.shape), copies=experts)
 
 
 def identity_experts(
     base: Any, runner: Runner, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """LongcatFlash: indices past the routed experts mean the identity, `w * x`."""
-    experts = base.down_proj.shape[0]
+    experts = _experts(base, "down_proj")
     is_identity = top_k_index >= experts
     index = torch.where(is_identity, experts, top_k_index)
     out = runner.run_experts(hidden_states, index, top_k_weights)

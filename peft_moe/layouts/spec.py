@@ -16,6 +16,19 @@ from torch import Tensor
 TARGETS = ("gate_up_proj", "down_proj")
 
 
+def logical_shape(module: Any, path: str) -> tuple[int, ...] | None:
+    """The shape of the parameter at a dotted path below a module; `None` if there is none.
+
+    Of packed parameters the shape that was packed: their module keeps a record of it, or they themselves do.
+    """
+    owner, _, name = path.rpartition(".")
+    holder = module.get_submodule(owner) if owner else module
+    parameter = getattr(holder, name, None)
+    packed = getattr(holder, "packed_weights", {}).get(name) or getattr(parameter, "quant_state", None)
+    found = parameter if packed is None else packed
+    return tuple(found.shape) if isinstance(parameter, Tensor) and found.shape is not None else None
+
+
 class RunExperts(Protocol):
     """The routed experts as a function, which a layout calls with what the base's router decided."""
 

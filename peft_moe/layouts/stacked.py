@@ -16,13 +16,20 @@ from torch import Tensor, nn
 
 from ..ops.activation import SILU_GATED
 from . import calls
-from .spec import ExpertsSpec, Part, ProjectionSpec
+from .spec import ExpertsSpec, Part, ProjectionSpec, logical_shape
 
 _INTERFACE_FLAGS = ("is_transposed", "has_bias", "has_gate", "is_concatenated")
 
 
-def _is_stack(tensor: object, dims: int = 3) -> bool:
-    return isinstance(tensor, Tensor) and tensor.dim() == dims
+def _shape(base: Any, path: str) -> tuple[int, ...]:
+    found = logical_shape(base, path)
+    assert found is not None  # the layout was chosen by this parameter
+    return found
+
+
+def _is_stack(base: Any, name: str) -> bool:
+    shape = logical_shape(base, name)
+    return shape is not None and len(shape) == 3
 
 
 # --- activations, each `(base, pre) -> hidden` ---------------------------------------------------------------------
@@ -68,15 +75,15 @@ def _default_gate(base: Any) -> bool:
 def _two_projections(
     base: Any, *, first: str, transposed: bool, gate: str | None, bias: bool
 ) -> tuple[ProjectionSpec, ProjectionSpec]:
-    up, down = getattr(base, first), base.down_proj
+    up, down = _shape(base, first), _shape(base, "down_proj")
     out_axis, in_axis = (2, 1) if transposed else (1, 2)
     return (
         ProjectionSpec(
-            first, "gate_up_proj", up.shape[out_axis], up.shape[in_axis], (Part(first, transposed),),
+            first, "gate_up_proj", up[out_axis], up[in_axis], (Part(first, transposed),),
             (f"{first}_bias",) if bias else (), gate,
         ),
         ProjectionSpec(
-            "down_proj", "down_proj", down.shape[out_axis], down.shape[in_axis], (Part("down_proj", transposed),),
+            "down_proj", "down_proj", down[out_axis], down[in_axis], (Part("down_proj", transposed),),
             ("down_proj_bias",) if bias else (),
         ),
     )  # fmt: skip
@@ -86,14 +93,14 @@ def _interface(base: Any) -> ExpertsSpec | None:
     if not all(hasattr(base, flag) for flag in _INTERFACE_FLAGS):
         return None
     first = "gate_up_proj" if base.has_gate else "up_proj"
-    if not (_is_stack(getattr(base, first, None)) and _is_stack(getattr(base, "down_proj", None))):
+    if not (_is_stack(base, first) and _is_stack(base, "down_proj")):
         return None
     gate = None
     if base.has_gate:
         gate = "concatenated" if base.is_concatenated else "interleaved"
     closed = base.has_gate and _default_gate(base) and is_silu(getattr(base, "act_fn", None))
     return ExpertsSpec(
-        num_experts=base.down_proj.shape[0],
+        num_experts=_shape(base, "down_proj")[0],
         projections=_two_projections(base, first=first, transposed=base.is_transposed, gate=gate, bias=base.has_bias),
         call=calls.tokens_index_weights,
         activation=_own_gate if base.has_gate else _ungated,
@@ -113,7 +120,7 @@ def _plain(
         closed = activation is _gated and is_silu(getattr(base, "act_fn", None))
         gate = extra.get("gate", "concatenated")
         return ExpertsSpec(
-            num_experts=base.down_proj.shape[0],
+            num_experts=_shape(base, "down_proj")[0],
             projections=_two_projections(
                 base, first="gate_up_proj", transposed=transposed, gate=gate, bias=extra.get("bias", False)
             ),
@@ -128,7 +135,8 @@ def _plain(
 
 def _dbrx(base: Any) -> ExpertsSpec:
     experts = getattr(base, "num_experts", None) or base.moe_num_experts
-    inner, hidden = base.mlp.w1.shape[0] // experts, base.mlp.w1.shape[1]
+    rows, hidden = _shape(base, "mlp.w1")
+    inner = rows // experts
     versions = {"top_k_index": calls.tokens_index_weights, "top_experts": calls.dbrx_4}
     known = [call for name, call in versions.items() if name in inspect.signature(type(base).forward).parameters]
     return ExpertsSpec(
@@ -151,7 +159,7 @@ def _parallel_linear(transposed: bool) -> Callable[[Any], ExpertsSpec]:
 
     def describe(base: Any) -> ExpertsSpec:
         out_axis, in_axis = (2, 1) if transposed else (1, 2)
-        shape = base.weight.shape
+        shape = _shape(base, "weight")
         projection = ProjectionSpec(
             "gate_up_proj", "gate_up_proj", shape[out_axis], shape[in_axis], (Part("weight", transposed),)
         )
@@ -259,7 +267,7 @@ def describe_stacked(name: str, module: nn.Module) -> ExpertsSpec | None:
             down = ProjectionSpec("down_proj", "down_proj", only.out_features, only.in_features, only.parts)
             spec = ExpertsSpec(spec.num_experts, (down,), spec.call)
     # Shared experts see every token: they are dense layers, whatever they are called.
-    stacks = any(_is_stack(getattr(module, first, None)) for first in ("gate_up_proj", "down_proj"))
+    stacks = any(_is_stack(module, first) for first in ("gate_up_proj", "down_proj"))
     if spec is None and stacks and "shared" not in name.rpartition(".")[2]:
         return ExpertsSpec(
             0, (), None,

@@ -8,11 +8,25 @@ from typing import Any
 from torch import nn
 
 from .base import ExpertWeight
+from .bnb import BnbWeight, is_packed_linear, is_packed_stack, open_bnb_modules, open_bnb_stack
+from .bnb_pieces import put_linear, saved_linear
 from .dense import DenseStack, ModuleStack, parameter_at
 from .fp8 import FP8Weight, has_float8, open_fp8_modules, open_fp8_stack
 from .mxfp4 import MXFP4Weight, find_packed4, open_mxfp4, refuse_unknown
 
-__all__ = ["DenseStack", "ExpertWeight", "FP8Weight", "MXFP4Weight", "ModuleStack", "open_modules", "open_stacked"]
+__all__ = [
+    "BnbWeight",
+    "DenseStack",
+    "ExpertWeight",
+    "FP8Weight",
+    "MXFP4Weight",
+    "ModuleStack",
+    "is_packed_linear",
+    "open_modules",
+    "open_stacked",
+    "put_linear",
+    "saved_linear",
+]
 
 
 def open_stacked(
@@ -26,6 +40,8 @@ def open_stacked(
 
     Raises `ValueError` for a storage that no store can read.
     """
+    if any(is_packed_stack(module, path) for path, _, _ in parts):
+        return open_bnb_stack(module, parts, shape, name)
     if find_packed4(module, parts[0][0]) is not None:
         return open_mxfp4(module, parts, shape, name)
     tensors = [parameter_at(module, path) for path, _, _ in parts]
@@ -44,6 +60,8 @@ def open_modules(linears: Sequence[Sequence[Any]], shape: tuple[int, int, int], 
 
     Raises `ValueError` for a storage that no store can read.
     """
+    if any(is_packed_linear(linear) for expert in linears for linear in expert):
+        return open_bnb_modules(linears, shape, name)
     weights = [getattr(linear, "weight", None) for expert in linears for linear in expert]
     if has_float8(weights):
         return open_fp8_modules(linears, shape, name)

@@ -18,8 +18,11 @@ class ExpertWeight(Protocol):
     """
 
     shape: tuple[int, int, int]
-    packed: bool  # codes and scales: built before they can multiply, and `densify(dtype)` makes plain parameters of them
     keep_built: bool  # keep 16-bit weights that had to be built (`dequantize="cache"`); nothing to do for dense ones
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is codes and scales, built before they multiply; `densify(dtype)` makes plain weights of them."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -153,8 +153,8 @@ class FourBit:
             self.bytes[first // 2 : -(-last // 2)] = codes.reshape(-1)
             scales[first // size : -(-last // size)] = found.absmax
         if self._touched is not None:
-            outer = state.state2.blocksize
-            self._touched[start // size // outer : -(-(-(-stop // size)) // outer)] = True
+            outer, last = state.state2.blocksize, -(-stop // size)
+            self._touched[start // size // outer : -(-last // outer)] = True
 
     def _settle(self) -> None:
         """Code what `write` has put off."""
@@ -224,6 +224,32 @@ class EightBit:
         """Take over the bytes of a clone."""
         self.data.copy_(other.data)
         self.scales.copy_(other.scales)
+
+
+class Plain:
+    """Weights that were brought into 16 (or 32) bits: the same face on numbers.
+
+    Args: data: contiguous, any floating dtype.
+    """
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data.detach()
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        """See `FourBit.read`."""
+        out.view(-1).copy_(self.data.view(-1)[start:stop])
+
+    def clone(self) -> Plain:
+        """A copy to write to."""
+        return Plain(self.data.clone())
+
+    def write(self, start: int, stop: int, values: Tensor) -> None:
+        """Round fp32 values into place."""
+        self.data.view(-1)[start:stop] = values.reshape(-1).to(self.data.dtype)
+
+    def take(self, other: Plain) -> None:
+        """Take over the numbers of a clone."""
+        self.data.copy_(other.data)
 
 
 def code_rows(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,9 @@ def find_record(owner: Any, name: str) -> PackedRecord | None:
         return None if state is None else PackedRecord(state)
     # Tools that know bitsandbytes look at the parameter: keep what they see the same.
     parameter = getattr(owner, name)
-    attribute, value = ("SCB", record.state.SCB) if isinstance(record.state, Int8State) else ("quant_state", record.state)
+    attribute, value = (
+        ("SCB", record.state.SCB) if isinstance(record.state, Int8State) else ("quant_state", record.state)
+    )
     if getattr(parameter, attribute, None) is not value:
         setattr(parameter, attribute, value)
     return record
@@ -137,6 +139,10 @@ def uninstall(owner: nn.Module, name: str, dense: Tensor) -> None:
 def _save_records(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     for name, record in getattr(module, RECORDS, {}).items():
         if prefix + name in state_dict:
+            packed = state_dict[prefix + name]
+            if packed.is_floating_point() and type(packed.detach()) is Tensor:
+                # Loaders cast what looks like numbers; bytes they leave alone.
+                state_dict[prefix + name] = packed.detach().view(torch.uint8)
             for suffix, value in record.statistics().items():
                 state_dict[f"{prefix}{name}.{suffix}"] = value.detach()
 
@@ -153,6 +159,8 @@ def _load_records(
         if packed is None:
             continue
         data = getattr(module, name)
+        if packed.dtype == torch.uint8 and data.is_floating_point():
+            packed = state_dict[prefix + name] = packed.view(data.dtype)
         if packed.shape != data.shape or packed.dtype != data.dtype:
             error_msgs.append(
                 f"{prefix}{name} is packed here as {tuple(data.shape)} in {data.dtype}, found {tuple(packed.shape)} in "

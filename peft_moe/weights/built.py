@@ -190,14 +190,21 @@ class BuiltWeight:
     def restore(self, snapshot: list[list[Tensor]]) -> None:
         """Put them back, bit for bit."""
         for piece, saved in zip(self.pieces, snapshot, strict=True):
+            if len(saved) != len(piece.parameters):  # decompressed since
+                piece.put(saved)
+                continue
             for tensor, value in zip(piece.parameters, saved, strict=True):
                 tensor.data.copy_(value)
         self._kept = None
 
     def densify(self, dtype: torch.dtype) -> None:
-        """Replace the packed tensors of the base by plain parameters of 16 (or 32) bits and drop their scales."""
+        """Replace the packed tensors by plain parameters and drop their scales; cast those that are plain already."""
         for piece in self.pieces:
-            piece.densify(dtype)
+            if len(piece.parameters) > 1:
+                piece.densify(dtype)
+            else:
+                (parameter,) = piece.parameters
+                parameter.data = parameter.data.to(dtype)
         self.activation_dtype, self._kept = dtype, None
 
     def __repr__(self) -> str:

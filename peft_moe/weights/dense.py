@@ -194,21 +194,26 @@ class ModuleStack(_Dense):
     def frozen(self) -> Tensor:
         """The `(E, out, in)` stack, which the modules' weights are views of."""
         if not torch.compiler.is_compiling() and not self._is_housed():
-            if self.device.type == "meta":
-                raise ValueError(
-                    "expert weights are on the meta device at the time of the call: they are offloaded, and nothing "
-                    "loaded them. Keep the experts on a device, or offload whole layers."
-                )
-            devices = {linear.weight.device for modules in self.linears for linear in modules}
-            if len(devices) > 1:
-                raise ValueError(f"the experts of one module lie on several devices {sorted(map(str, devices))}")
-            self.stack = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-            for expert, modules in enumerate(self.linears):
-                start = 0
-                for linear in modules:
-                    house = self.stack[expert, start : start + linear.weight.shape[0]]
-                    house.copy_(linear.weight)
-                    linear.weight.data = house
-                    start += house.shape[0]
+            self._house()
         assert self.stack is not None
         return self.stack
+
+    @torch.inference_mode(False)  # the stack outlives this call, and training may follow
+    @torch.no_grad()
+    def _house(self) -> None:
+        if self.device.type == "meta":
+            raise ValueError(
+                "expert weights are on the meta device at the time of the call: they are offloaded, and nothing "
+                "loaded them. Keep the experts on a device, or offload whole layers."
+            )
+        devices = {linear.weight.device for modules in self.linears for linear in modules}
+        if len(devices) > 1:
+            raise ValueError(f"the experts of one module lie on several devices {sorted(map(str, devices))}")
+        self.stack = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        for expert, modules in enumerate(self.linears):
+            start = 0
+            for linear in modules:
+                house = self.stack[expert, start : start + linear.weight.shape[0]]
+                house.copy_(linear.weight)
+                linear.weight.data = house
+                start += house.shape[0]

@@ -110,8 +110,8 @@ class FP8Piece:
         if scale.numel() == 1:
             return scale.reshape(1, 1, 1)
         if self.tensor.dim() == 3:
-            if scale.shape in ((experts,), (experts, rows)):
-                return scale.reshape(experts, -1, 1)
+            if scale.dim() in (1, 2) and scale.shape[0] == experts:
+                return scale.reshape(experts, -1, 1)  # one an expert, one for gate and one for up, one a row
             if scale.dim() == 3 and scale.shape[0] == experts:
                 return scale
         elif scale.shape == (rows,) or (scale.shape == (1, rows) and stated_block(self.module) is None):
@@ -168,11 +168,11 @@ class FP8Piece:
 
     def dequantize(self, experts: Sequence[int] | slice, wide: torch.dtype) -> Tensor:
         """`(E', rows, cols)` in fp32 or fp64, as stored: not transposed."""
-        values = self.codes[experts].to(wide)
+        values = _take(self.codes, experts).to(wide, copy=True)
         if not self.packed:
             return values
         scales = self.scales()
-        scales = scales if scales.shape[0] == 1 else scales[experts]
+        scales = scales if scales.shape[0] == 1 else _take(scales, experts)
         return self.grid().scale_(values, decode_scale(scales).to(wide))
 
     def requantize(self, experts: list[int], delta: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor | None, Change]:
@@ -187,7 +187,7 @@ class FP8Piece:
         grid, scales = self.grid(), self.scales()
         shared = scales.shape[0] == 1 and len(self.codes) > 1
         codes, found = quantize(exact.clone(), grid, self.tensor.dtype, scales.dtype, shared)
-        old_codes, old_scales = self.codes[experts], scales if shared else scales[experts]
+        old_codes, old_scales = _take(self.codes, experts), scales if shared else _take(scales, experts)
         still = grid.largest(delta) == 0
         if shared:
             still = still.all().expand(1, 1, 1)
@@ -200,10 +200,22 @@ class FP8Piece:
 
     def write(self, experts: list[int], codes: Tensor, scales: Tensor | None) -> None:
         """Put new codes and scales of some experts in place."""
-        self.codes[experts] = codes
+        old = self.codes
+        old.view(_bits(old))[experts] = codes.view(_bits(old))
         if scales is not None:
             stored = self.scales()
-            stored[experts if len(stored) == len(self.codes) else slice(None)] = scales
+            bits = _bits(stored)
+            stored.view(bits)[experts if len(stored) == len(old) else slice(None)] = scales.view(bits)
+
+    def put(self, saved: list[Tensor]) -> None:
+        """Restore a weight that was FP8 when it was saved and has been decompressed since: decompressed, too."""
+        parameter, name = getattr(self.module, self.weight), find_scale(self.module, self.weight)
+        if len(saved) != 2 or name is None:
+            raise ValueError(f"{self.where} was in {saved[0].dtype} when its bytes were kept, and cannot be put back")
+        dtype = parameter.dtype
+        parameter.data = saved[0]
+        getattr(self.module, name).data.copy_(saved[1])
+        parameter.data = self.dequantize(slice(None), torch.float32).to(dtype).view(saved[0].shape)
 
     def densify(self, dtype: torch.dtype) -> None:
         """Replace the weight by a plain parameter, and drop its scale."""
@@ -217,9 +229,13 @@ class FP8Piece:
             delattr(self.module, name)
 
 
-def _bits(scale: Tensor) -> torch.dtype:
-    """The integer type of a scale's width: `where` knows no 8-bit floats."""
-    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[scale.element_size()]
+def _bits(tensor: Tensor) -> torch.dtype:
+    """The integer type of a tensor's width: selecting and writing is not implemented for all 8-bit floats."""
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+
+
+def _take(tensor: Tensor, experts: Sequence[int] | slice) -> Tensor:
+    return tensor.view(_bits(tensor))[experts].view(tensor.dtype)
 
 
 class FP8Weight(BuiltWeight):

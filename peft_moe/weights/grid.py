@@ -119,7 +119,8 @@ class Grid:
         if rows == 1:
             return by_row.amax(dim=1, keepdim=True)
         out = by_row.new_zeros(by_row.shape[0], rows, by_row.shape[2])
-        return out.index_reduce_(1, self.row_index(values.device), by_row, "amax")
+        index = self.row_index(values.device)[None, :, None].expand_as(by_row)
+        return out.scatter_reduce_(1, index, by_row, "amax")
 
     def expand(self, flags: Tensor) -> Tensor:
         """`(E, r, c)` booleans of the blocks -> `(E, rows, cols)` booleans of their elements."""

@@ -22,7 +22,8 @@ def borrow(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
     if buffer is None or buffer.numel() < size:
         _buffers.pop((device, dtype), None)  # free the smaller one first
         del buffer
-        buffer = _buffers[device, dtype] = torch.empty(size, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # or nothing outside of inference mode could write to it later
+            buffer = _buffers[device, dtype] = torch.empty(size, dtype=dtype, device=device)
     return buffer[:size].view(*shape)
 
 

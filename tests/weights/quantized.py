@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from tests.model.tiny import BUILDERS
+from tests.remote_code import RemoteConfig, RemoteForCausalLM
+from tests.zoo.builder import reinitialise
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -61,12 +62,13 @@ def encode_stack(
     return codes, scales, values
 
 
-def fp8_linear(linear: nn.Linear, block: tuple[int, int] = (32, 32)) -> FP8Linear:
-    """transformers' FP8 linear with the weight of a plain one, which becomes what the codes stand for."""
+def fp8_linear(linear: nn.Linear, block: tuple[int, int] = (32, 32)) -> nn.Linear:
+    """An FP8 linear as transformers holds it, with the weight of a plain one, which becomes what the codes stand for."""
     codes, scales, values = encode(linear.weight.data, block)
     linear.weight.data.copy_(values)
-    new = FP8Linear(linear.in_features, linear.out_features, block_size=block)
+    new = copy.deepcopy(linear)
     new.weight, new.weight_scale_inv = nn.Parameter(codes), nn.Parameter(scales.float())
+    new.block_size = block  # type: ignore[assignment]
     return new
 
 
@@ -81,9 +83,17 @@ def channel_linear(linear: nn.Linear, per_tensor: bool = False) -> nn.Linear:
     return new
 
 
-def fp8_list(convert: Callable[[nn.Linear], nn.Module], name: str = "remote_list") -> tuple[nn.Module, nn.Module]:
+def _list() -> nn.Module:
+    """A model with a list of experts whose own forward can train, which makes it a reference."""
+    settings: dict[str, Any] = {"block": "bailing", "vocab_size": 64, "hidden_size": 64, "moe_intermediate_size": 40}
+    model = RemoteForCausalLM(RemoteConfig(**settings))
+    reinitialise(model)
+    return model.eval()
+
+
+def fp8_list(convert: Callable[[nn.Linear], nn.Module], name: str | None = None) -> tuple[nn.Module, nn.Module]:
     """(quantized, dense twin) of a model whose experts are a list, every linear of every expert converted."""
-    dense = BUILDERS[name]()
+    dense = _list() if name is None else BUILDERS[name]()
     quantized = copy.deepcopy(dense)
     for path, module in list(quantized.named_modules()):
         if isinstance(module, nn.Linear) and ".experts." in path:

@@ -216,7 +216,9 @@ def test_kept_weights_are_rebuilt_when_they_change() -> None:
 def test_no_scale_raises_and_says_what_was_looked_for() -> None:
     codes, _, _ = encode_stack(weights(), (32, 32))
     holder = Holder("down_proj", codes, None, "")
-    with pytest.raises(ValueError, match=r"model\.experts\.down_proj.*without a scale.*down_proj_scale_inv.*weight_scale"):
+    with pytest.raises(
+        ValueError, match=r"model\.experts\.down_proj.*without a scale.*down_proj_scale_inv.*weight_scale"
+    ):
         open_stacked(holder, [("down_proj", False, False)], SHAPE, "model.experts")
     modules, _ = linears("channel")
     del modules[2][1].weight_scale  # type: ignore[union-attr]

@@ -1,0 +1,254 @@
+"""Loading FP8 and MXFP4 checkpoints so that they stay packed in memory, on any device.
+
+transformers dequantizes such checkpoints while it loads them where it has no kernel for them, and on a CPU always.
+`packed_config` gives a config with which `from_pretrained` keeps them as they are. It registers two quantizers of this
+package with transformers' registry, under names of their own: nothing that loads without it changes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .packed_modules import PackedLinear, pack_experts
+
+FP8, MXFP4 = "peft_moe_fp8", "peft_moe_mxfp4"
+_KINDS = {"fp8": FP8, "mxfp8": FP8, "mxfp4": MXFP4, "compressed-tensors": FP8}
+
+
+def packed_config(path: str, **kwargs: Any) -> Any:
+    """The config of an FP8 or MXFP4 checkpoint, with which `from_pretrained` leaves its weights packed.
+
+        model = AutoModelForCausalLM.from_pretrained(path, config=packed_config(path), dtype=torch.bfloat16)
+
+    Args: path: a folder, or a name on the hub. kwargs: for `AutoConfig.from_pretrained`.
+
+    Raises `ValueError` if the checkpoint is not quantized, or in another way.
+    """
+    config = AutoConfig.from_pretrained(path, **kwargs)
+    found = getattr(config, "quantization_config", None)
+    settings = found if isinstance(found, dict) else found.to_dict() if found is not None else {}
+    method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
+    if method not in _KINDS:
+        raise ValueError(
+            f"{path}: its quantization is {method!r}, expected one of {', '.join(sorted(_KINDS))}. Load it with plain "
+            "`from_pretrained`."
+        )
+    if method == "compressed-tensors":
+        _float8_group(settings, path)
+    _register()
+    config.quantization_config = {**settings, "quant_method": _KINDS[method], "original": settings}
+    return config
+
+
+def _float8_group(settings: dict[str, Any], path: str) -> dict[str, Any]:
+    """What a compressed-tensors config says of its weights. Raises `ValueError` unless all are 8-bit floats."""
+    groups = [group.get("weights") or {} for group in settings.get("config_groups", {}).values()]
+    if len(groups) != 1 or groups[0].get("type") != "float" or groups[0].get("num_bits") != 8:
+        raise ValueError(
+            f"{path}: expected one group of 8-bit floating-point weights in its compressed-tensors config, found "
+            f"{[(group.get('type'), group.get('num_bits')) for group in groups]}"
+        )
+    return groups[0]
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """The quantization config of a checkpoint whose weights stay packed. It is saved as the original one."""
+
+    def __init__(self, original: dict[str, Any], quant_method: str, **kwargs: Any) -> None:
+        self.original, self.quant_method = original, quant_method
+        self.modules_to_not_convert = original.get("modules_to_not_convert") or original.get("ignored_layers")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.original)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A setting of the checkpoint."""
+        return self.original.get(name, default)
+
+    @property
+    def weight_block_size(self) -> tuple[int, int] | None:
+        """Rows and columns of a block; `None` if the scales are not of blocks."""
+        if self.original.get("quant_method") == "compressed-tensors":
+            found = _float8_group(self.original, "the checkpoint").get("block_structure")
+        else:
+            found = self.original.get("weight_block_size", (128, 128))
+        return None if found is None else (int(found[0]), int(found[1]))
+
+    @property
+    def scale_name(self) -> str:
+        """How the scale of a linear is called."""
+        return "weight_scale" if self.original.get("quant_method") == "compressed-tensors" else "weight_scale_inv"
+
+    def scale_shape(self, rows: int, cols: int) -> tuple[int, ...]:
+        """Of the scale of a `(rows, cols)` weight."""
+        block = self.weight_block_size
+        if block is not None:
+            return math.ceil(rows / block[0]), math.ceil(cols / block[1])
+        if self.scale_name == "weight_scale_inv":
+            return ()
+        weights = _float8_group(self.original, "the checkpoint")
+        return (rows, 1) if weights.get("strategy") == "channel" else (1,)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of the scales."""
+        return torch.float8_e8m0fnu if self.original.get("scale_fmt") == "ue8m0" else torch.float32
+
+
+class _PackedQuantizer(HfQuantizer):
+    """What both quantizers share: no kernel, hence any device, and trainable with adapters."""
+
+    requires_calibration = False
+    requires_parameters_quantization = False
+    quantization_config: PackedConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise ValueError("`packed_config` is for checkpoints that are quantized already")
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """8-bit tensors are taken as the file holds them: a cast from one kind to another would ruin the codes."""
+        stored = str(param.get_dtype() if hasattr(param, "get_dtype") else param.dtype)
+        if stored.startswith("F8") or "float8" in stored:
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def _skips(self, model: Any, name: str) -> bool:
+        kept = self.quantization_config.modules_to_not_convert
+        if kept is None:
+            kept = self.quantization_config.get("ignore")
+        kept = list(["lm_head"] if kept is None else kept)
+        kept += list(getattr(model, "_keep_in_fp32_modules", None) or ())
+        for pattern in kept:
+            pattern = pattern.removesuffix(".weight")
+            if pattern.startswith("re:"):
+                if re.match(pattern[3:], name):
+                    return True
+            elif name == pattern or name.startswith(f"{pattern}.") or f".{name}.".find(f".{pattern}.") >= 0:
+                return True
+        return False
+
+    # transformers 4 casts every floating tensor but e4m3 to the dtype asked for, e5m2 codes and scales too; without a
+    # dtype it casts none. `update_missing_keys` is its last call before it loads.
+
+    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        self._asked = getattr(model.config, "_pre_quantization_dtype", None)
+        if self._asked is not None:
+            model.config._pre_quantization_dtype = None
+        return missing_keys
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        asked = getattr(self, "_asked", None)
+        if asked is not None:
+            model.config._pre_quantization_dtype = asked
+            kept = getattr(self, "_kept_in_fp32", ())
+            for name, parameter in model.named_parameters():
+                if "scale" in name or parameter.element_size() == 1 or not parameter.is_floating_point():
+                    continue
+                parameter.data = parameter.data.to(torch.float32 if any(k in name for k in kept) else asked)
+        for parameter in model.parameters():
+            if parameter.element_size() == 1:
+                parameter.requires_grad_(False)
+        return model
+
+
+class PackedFP8Quantizer(_PackedQuantizer):
+    """FP8 linears and experts, fine-grained or of compressed-tensors."""
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        # The converters of a model merge the weights of its experts; this makes them merge the scales too.
+        self.serialized_names = {"weight": ["weight", quantization_config.scale_name]}
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._kept_in_fp32 = tuple(kwargs.get("keep_in_fp32_modules") or ())
+        config = self.quantization_config
+        for name, module in list(model.named_modules()):
+            if self._skips(model, name):
+                continue
+            if isinstance(module, nn.Linear) and type(module).__name__ == "Linear":
+                shape = config.scale_shape(module.out_features, module.in_features)
+                with torch.device("meta"):
+                    packed = PackedLinear(
+                        module.in_features, module.out_features, module.bias is not None, config.scale_name, shape,
+                        config.scale_dtype, config.weight_block_size,
+                    )  # fmt: skip
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, packed)
+            elif name.endswith(".experts"):
+                self._pack(module)
+        return model
+
+    def _pack(self, module: Any) -> None:
+        names = [name for name in ("gate_up_proj", "up_proj", "down_proj") if _is_3d(getattr(module, name, None))]
+        if not names:
+            return
+        tensors = {}
+        for name in names:
+            weight = getattr(module, name)
+            count, rows, cols = weight.shape
+            apart = name == "gate_up_proj" and not getattr(module, "is_transposed", False)
+            shape = self.quantization_config.scale_shape(rows // 2 if apart else rows, cols)
+            if shape in ((), (1,)):
+                shape = (2 if apart else 1,)  # one an expert, one for gate and one for up
+            elif apart:
+                shape = (2 * shape[0], *shape[1:])
+            tensors[name] = {
+                name: torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device="meta"),
+                f"{name}{self.quantization_config.scale_name.removeprefix('weight')}": torch.empty(
+                    count, *shape, dtype=self.quantization_config.scale_dtype, device="meta"
+                ),
+            }
+        pack_experts(module, tensors)
+        module.block_size = self.quantization_config.weight_block_size
+
+
+class PackedMXFP4Quantizer(_PackedQuantizer):
+    """The experts of GPT-OSS as blocks and scales."""
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._kept_in_fp32 = tuple(kwargs.get("keep_in_fp32_modules") or ())
+        for name, module in list(model.named_modules()):
+            if type(module).__name__ != "GptOssExperts" or self._skips(model, name):
+                continue
+            tensors = {}
+            for plain in ("gate_up_proj", "down_proj"):
+                experts, cols, rows = getattr(module, plain).shape
+                groups = cols // 32
+                tensors[plain] = {
+                    f"{plain}_blocks": torch.empty(experts, rows, groups, 16, dtype=torch.uint8, device="meta"),
+                    f"{plain}_scales": torch.empty(experts, rows, groups, dtype=torch.uint8, device="meta"),
+                }
+            module.is_transposed = True  # `(E, in, out)`, which the class of transformers 4 does not say
+            pack_experts(module, tensors)
+        return model
+
+
+def _is_3d(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.dim() == 3
+
+
+def _register() -> None:
+    for name, quantizer in ((FP8, PackedFP8Quantizer), (MXFP4, PackedMXFP4Quantizer)):
+        if name not in auto.AUTO_QUANTIZER_MAPPING:
+            auto.register_quantization_config(name)(PackedConfig)
+            auto.register_quantizer(name)(quantizer)

@@ -1,0 +1,78 @@
+"""LoRA on FP8 linears: PEFT's own layer, whose merge would add deltas to raw codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+
+from .weights import open_modules
+from .weights.fp8 import FP8Weight
+from .weights.grid import FLOAT8
+
+
+def check_options(config: Any, module: Any, name: str) -> None:
+    """Raise `ValueError` for what LoRA cannot do on an FP8 linear. Other modules pass."""
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    if not is_fp8_linear(base):
+        return
+    if config.use_dora:
+        raise ValueError(
+            f"{name}: `use_dora` needs the norms of a weight in 16 bits, and this linear is FP8. Leave it out of "
+            "`target_modules`, or load the model dequantized."
+        )
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"{name}: `init_lora_weights={config.init_lora_weights!r}` decomposes a weight in 16 bits, and this linear "
+            "is FP8. Use `True` or `'gaussian'`, or leave it out of `target_modules`."
+        )
+
+
+def is_fp8_linear(module: Any) -> bool:
+    """Whether this is a linear with FP8 codes for a weight."""
+    return isinstance(module, nn.Linear) and getattr(module.weight, "dtype", None) in FLOAT8
+
+
+class FP8LoraLinear(Linear):
+    """PEFT's LoRA of a linear, on FP8: merged in fp32 and requantized once; `unmerge` restores all bytes."""
+
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device | None, torch.dtype | None]:
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        return device, torch.bfloat16 if dtype in FLOAT8 else dtype  # adapters in FP8 would be noise
+
+    def _store(self) -> FP8Weight | None:
+        base = self.get_base_layer()
+        if not is_fp8_linear(base):
+            return None
+        store = open_modules([[base]], (1, base.out_features, base.in_features), "a linear with LoRA")
+        assert isinstance(store, FP8Weight)
+        return store
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """See PEFT. Adapters merged before are merged anew together with these."""
+        store, base = self._store(), self.get_base_layer()
+        if store is None:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            return
+        if not self.merged_adapters:
+            self._base_bytes: Any = store.snapshot()
+        codes, before = base.weight, store.materialize(None, torch.float32)[0]
+        try:
+            base.weight = nn.Parameter(before.clone(), requires_grad=False)
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # on the dense weight
+            delta: Tensor = base.weight.data - before
+        finally:
+            base.weight = codes
+        store.add_([([0], delta.unsqueeze(0))])
+
+    def unmerge(self) -> None:
+        """See PEFT; the codes and scales of before, byte for byte."""
+        store = self._store()
+        if store is None or not self.merged:
+            super().unmerge()
+            return
+        store.restore(self._base_bytes)
+        self.merged_adapters.clear()

@@ -1,0 +1,278 @@
+"""transformers' quantizers for `BnbExpertsConfig`: `from_pretrained` and `save_pretrained` on transformers 4.57 and 5.
+
+They are the stock quantizers of bitsandbytes, which go on to quantize linears, with stacked experts beside them. What
+differs between the two versions of transformers is here and in `conversions.py`:
+
+- transformers 5 asks `param_needs_quantization` and lets an operation turn what it read into what the module holds.
+- transformers 4 hands each tensor, in the order of the file, to `create_quantized_param`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers import auto
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+
+from ..weights.bnb_records import RECORDS, find_record, install, record_from, statistics_names, uninstall
+from ..weights.built import split_path
+from . import conversions
+from .config import METHODS, BnbExpertsConfig, stock_method
+from .experts import Stack, bind, find_stacks, is_skipped, listed_linears
+from .packing import pack
+
+
+class _ExpertsQuantizer:
+    """What the 4-bit and the 8-bit quantizer have in common; mixed in before a stock quantizer."""
+
+    quantization_config: BnbExpertsConfig
+    pre_quantized: bool
+
+    def __init__(self, quantization_config: BnbExpertsConfig, **kwargs: Any) -> None:
+        # The method by which transformers found this class is not one that it, PEFT and accelerate know later on.
+        quantization_config = copy.copy(quantization_config)
+        quantization_config.quant_method = stock_method()
+        super().__init__(quantization_config, **kwargs)  # type: ignore[call-arg]
+        self.stacks: dict[str, Stack] = {}
+        self._gathered: dict[str, dict[str, Tensor]] = {}
+
+    # --- which tensors -------------------------------------------------------------------------------------------
+
+    def get_modules_to_not_convert(self, model: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """As the stock one; with `experts_only` all linears outside the experts as well."""
+        names = list(super().get_modules_to_not_convert(model, *args, **kwargs))  # type: ignore[misc]
+        if self.quantization_config.experts_only:
+            inside = {full for full, _, _ in listed_linears(model, None)}
+            names += [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in inside]
+        return names
+
+    def _convert_model_for_quantization(self, model: Any) -> None:
+        """Nothing: transformers would replace the stacked experts of some models by lists, whose linears it knows."""
+
+    def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        skip = self.quantization_config.llm_int8_skip_modules
+        self.stacks = {stack.name: stack for stack in find_stacks(model, skip)}
+        kept = self.get_modules_to_not_convert(model, skip, None)
+        if self.quantization_config.experts_only and not list(listed_linears(model, skip)):
+            self.modules_to_not_convert = kept  # nothing for the stock quantizer, which would warn of it
+            model.config.quantization_config = self.quantization_config
+        else:
+            super()._process_model_before_weight_loading(model, *args, **kwargs)  # type: ignore[misc]
+        # What keeps linears in 16 bits (offloaded modules, an output layer) keeps experts, too.
+        fixed = [name for name in self.modules_to_not_convert if name not in kept]
+        self.stacks = {name: stack for name, stack in self.stacks.items() if not is_skipped(stack.experts, fixed)}
+        return model
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether this parameter (on transformers 4: or a statistic of one) is one of ours or of the stock linears."""
+        if self._stack_of(param_name) is not None:
+            return True
+        return super().param_needs_quantization(model, param_name, **kwargs)  # type: ignore[misc]
+
+    def _stack_of(self, key: str) -> Stack | None:
+        """The stack to which a key belongs, its own or that of one of its statistics."""
+        if key in self.stacks:
+            return self.stacks[key]
+        for suffix in self._suffixes():
+            if key.endswith(f".{suffix}") and key.removesuffix(f".{suffix}") in self.stacks:
+                return self.stacks[key.removesuffix(f".{suffix}")]
+        return None
+
+    def _suffixes(self) -> list[str]:
+        settings = self.quantization_config.settings()
+        return statistics_names(settings.quant_type, settings.nested)
+
+    # --- what both versions do with a stack ----------------------------------------------------------------------
+
+    def pack_stack(self, model: Any, name: str, values: Tensor) -> nn.Parameter:
+        """Quantize what was read and record it; the caller puts the parameter in place."""
+        parameter, record = pack(values, self.quantization_config.settings())
+        return self._install(model, name, parameter, record)
+
+    def restore_stack(self, model: Any, name: str, packed: Tensor, statistics: dict[str, Tensor]) -> nn.Parameter:
+        """The parameter of packed bytes that were read with their statistics. Raises `ValueError` where they misfit."""
+        import bitsandbytes as bnb
+
+        config = self.quantization_config
+        try:
+            record = record_from(statistics, packed.device, config.compute_dtype)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}. The checkpoint is not complete.") from error
+        owner, leaf = split_path(model, name)
+        expected, count = getattr(owner, leaf), record.shape.numel()
+        if find_record(owner, leaf) is None and tuple(expected.shape) != tuple(record.shape):
+            raise ValueError(
+                f"{name}: the checkpoint packs a weight of shape {tuple(record.shape)}, the model expects "
+                f"{tuple(expected.shape)}: its config.json does not belong to these weights."
+            )
+        bytes_ = count if config.load_in_8bit else -(-count // 2)
+        if packed.numel() * packed.element_size() != bytes_:
+            raise ValueError(
+                f"{name}: {tuple(record.shape)} takes {bytes_} bytes, found {tuple(packed.shape)} in {packed.dtype}"
+            )
+        if config.load_in_4bit and packed.dtype == torch.uint8:
+            packed = packed.view(config.bnb_4bit_quant_storage)
+        if config.load_in_8bit:
+            parameter = bnb.nn.Int8Params(packed, requires_grad=False, SCB=record.state.SCB)
+        else:
+            parameter = bnb.nn.Params4bit(
+                packed, requires_grad=False, quant_state=record.state, blocksize=record.state.blocksize,
+                compress_statistics=record.state.nested, quant_type=record.state.quant_type,
+                quant_storage=packed.dtype, bnb_quantized=True,
+            )  # fmt: skip
+        return self._install(model, name, parameter, record)
+
+    def _install(self, model: Any, name: str, parameter: nn.Parameter, record: Any) -> nn.Parameter:
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers draws it anew
+        install(*split_path(model, name), parameter, record)
+        return parameter
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        missing = [name for name in self.stacks if not _is_packed(model, name)]
+        if missing:
+            found = sorted({suffix for name in missing for suffix in self._gathered.get(name, {})})
+            raise ValueError(
+                f"{missing[0]} (and {len(missing) - 1} more) was not loaded as packed experts"
+                f"{f': of it only {found} came' if found else ''}. Expected in the checkpoint: the stacked tensor and "
+                f"its statistics {self._suffixes()}. A checkpoint of single experts that were quantized on another "
+                "version of transformers is not converted: load it with the version that wrote it, or quantize the "
+                "16-bit checkpoint."
+            )
+        dtype = getattr(model, "dtype", None)
+        for module in model.modules():
+            if type(module).__name__ == "Linear8bitLt" and dtype is not None:
+                module.original_dtype = dtype  # which its weight does not tell any more
+        bind(model, list(self.stacks.values()))
+        conversions.keep_stacked(model, list(self.stacks))
+        return super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Packed experts carry their statistics in the state dict."""
+        return True
+
+    def _dequantize(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        dtype = kwargs.get("dtype") or (args[0] if args else None) or getattr(model.config, "dtype", None)
+        for name in self.stacks:
+            owner, leaf = split_path(model, name)
+            record = find_record(owner, leaf)
+            if record is not None and leaf in getattr(owner, RECORDS, {}):
+                dense = torch.empty(record.shape, dtype=dtype or record.dtype, device=getattr(owner, leaf).device)
+                record.codes(getattr(owner, leaf)).read(0, dense.numel(), dense)
+                uninstall(owner, leaf, dense)
+        if any(type(module).__name__ in ("Linear4bit", "Linear8bitLt") for module in model.modules()):
+            return super()._dequantize(model, *args, **kwargs)  # type: ignore[misc]
+        return model
+
+    # --- transformers 5 ------------------------------------------------------------------------------------------
+
+    def get_quantize_ops(self) -> Any:
+        """The operation that quantizes what was read; one for experts and linears, told apart by name."""
+        return conversions.quantize_operation(self, super().get_quantize_ops())  # type: ignore[misc]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """The converters of packed experts come before those of the model, which know 16-bit experts alone."""
+        updated = super().update_weight_conversions(weight_conversions, model)  # type: ignore[misc]
+        if not self.pre_quantized:
+            return updated
+        return conversions.for_packed_checkpoint(self, updated, list(self.stacks), self._suffixes())
+
+    # --- transformers 4 ------------------------------------------------------------------------------------------
+
+    def update_unexpected_keys(self, model: Any, unexpected_keys: list[str]) -> list[str]:
+        """Statistics are expected."""
+        keys = super().update_unexpected_keys(model, unexpected_keys)  # type: ignore[misc]
+        return [key for key in keys if self._stack_of(key) is None]
+
+    def create_quantized_param(
+        self, model: Any, param_value: Tensor, param_name: str, target_device: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Quantize a stack that was read, or gather it and its statistics until all are there."""
+        stack = self._stack_of(param_name)
+        if stack is None:
+            self._check_not_cast(param_name, param_value)
+            super().create_quantized_param(model, param_value, param_name, target_device, *args, **kwargs)  # type: ignore[misc]
+            return
+        value = param_value.to(target_device)
+        if not self.pre_quantized:
+            self.pack_stack(model, stack.name, value)
+            return
+        gathered = self._gathered.setdefault(stack.name, {})
+        gathered[param_name.removeprefix(stack.name).removeprefix(".")] = value
+        if len(gathered) == len(self._suffixes()) + 1:
+            del self._gathered[stack.name]
+            self.restore_stack(model, stack.name, gathered.pop(""), gathered)
+
+    def _check_not_cast(self, name: str, value: Tensor) -> None:
+        """Raise `ValueError` if transformers 4 has cast packed bytes of a linear as if they were numbers."""
+        storage = self.quantization_config.bnb_4bit_quant_storage
+        if (
+            self.pre_quantized and self.quantization_config.load_in_4bit and name.endswith(".weight")
+            and storage.is_floating_point and value.dtype != storage
+        ):  # fmt: skip
+            raise ValueError(
+                f"{name} is packed in {storage}, and transformers has cast its bytes to {value.dtype}, which destroys "
+                f"them. Load this checkpoint with `dtype={storage}`."
+            )
+
+    def get_param_name(self, param_name: str) -> str:
+        """The parameter to which a statistic belongs."""
+        stack = self._stack_of(param_name)
+        return stack.name if stack is not None else super().get_param_name(param_name)  # type: ignore[misc]
+
+
+class BnbExperts4BitQuantizer(_ExpertsQuantizer, Bnb4BitHfQuantizer):
+    """4 bits: nf4 and fp4."""
+
+
+class BnbExperts8BitQuantizer(_ExpertsQuantizer, Bnb8BitHfQuantizer):
+    """8 bits: int8 with a scale for each row."""
+
+
+_CLASSES: dict[int, Any] = {4: BnbExperts4BitQuantizer, 8: BnbExperts8BitQuantizer}
+
+
+def register() -> None:
+    """Make transformers find config and quantizers by the methods in `METHODS`. Does nothing the second time.
+
+    Raises `ValueError` if another package holds the names.
+    """
+    for bits, method in METHODS.items():
+        for table, mine in (
+            (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, BnbExpertsConfig), (auto.AUTO_QUANTIZER_MAPPING, _CLASSES[bits]),
+        ):  # fmt: skip
+            found = table.get(method)
+            if found is not None and (found.__module__, found.__qualname__) != (mine.__module__, mine.__qualname__):
+                raise ValueError(
+                    f"transformers knows the quantization method {method!r} already, as {found.__module__}."
+                    f"{found.__qualname__}: peft-moe and that package cannot be imported together."
+                )
+            table.pop(method, None)
+        auto.register_quantization_config(method)(BnbExpertsConfig)
+        auto.register_quantizer(method)(_CLASSES[bits])
+
+
+def declare(model: nn.Module, config: BnbExpertsConfig, stacks: Sequence[Stack]) -> None:
+    """Tell transformers that a model in memory has quantized experts, so that it saves and trains it as one."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    config = copy.deepcopy(config)
+    config.experts_only = True
+    quantizer = _CLASSES[8 if config.load_in_8bit else 4](config, pre_quantized=False)
+    quantizer.stacks = {stack.name: stack for stack in stacks}
+    quantizer.modules_to_not_convert = quantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, None)
+    model.hf_quantizer, model.is_quantized = quantizer, True  # type: ignore[assignment]
+    model.quantization_method = stock_method()  # type: ignore[assignment]
+    model.config.quantization_config = quantizer.quantization_config
+    setattr(model, f"is_loaded_in_{8 if config.load_in_8bit else 4}bit", True)
+    conversions.keep_stacked(model, [stack.name for stack in stacks])
+
+
+def _is_packed(model: Any, name: str) -> bool:
+    owner, leaf = split_path(model, name)
+    return find_record(owner, leaf) is not None and getattr(owner, leaf).device.type != "meta"
