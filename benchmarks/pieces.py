@@ -77,11 +77,11 @@ def main() -> None:
             a_c, b_c = a.contiguous(), b.contiguous()
             low_e = grouped_mm(gathered, a_c.mT, offs=offsets)
             expected = plain() + grouped_mm(low_e, b_c.mT, offs=offsets)
-            found, found_low = project(left, index_, w, a, b, None, offsets)
+            found, found_low = project(left, index_, w, a, b, 1.0, None, offsets)
             error = max(relative(found, expected), relative(found_low, low_e))
             gemm = time_of(lambda w=w, g=gathered: grouped_mm(g, w.mT, offs=offsets))
-            ours = time_of(lambda l=left, i=index_, w=w, a=a, b=b: project(l, i, w, a, b, None, offsets))
-            bare = time_of(lambda l=left, i=index_, w=w: project(l, i, w, None, None, None, offsets))
+            ours = time_of(lambda l=left, i=index_, w=w, a=a, b=b: project(l, i, w, a, b, 1.0, None, offsets))
+            bare = time_of(lambda l=left, i=index_, w=w: project(l, i, w, None, None, 1.0, None, offsets))
             print(f"T={tokens:6d} {name:9s} error {error:.1e}  torch gemm {gemm:.3f}  torch gather+gemm "
                   f"{time_of(plain):.3f}  "
                   f"fused {ours:.3f}  fused without LoRA {bare:.3f}", flush=True)  # fmt: skip
@@ -108,7 +108,7 @@ def sweep(x: Tensor, source: Tensor | None, w: Tensor, a: Tensor, b: Tensor, off
         if rows * columns // warps > 128 * 256 // 8:
             continue
         try:
-            found.append((time_of(lambda t=tiles: project(x, source, w, a, b, None, offsets, t)), tiles))
+            found.append((time_of(lambda t=tiles: project(x, source, w, a, b, 1.0, None, offsets, t)), tiles))
         except Exception as error:  # out of shared memory or registers: not a candidate
             print(f"    {tiles}: {type(error).__name__}")
     for milliseconds, tiles in sorted(found, key=lambda pair: pair[0])[:4]:

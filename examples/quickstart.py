@@ -33,14 +33,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -52,9 +53,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from peft_moe import MoELoraConfig
-
-matplotlib.use("Agg")  # write a file, never open a window
-import matplotlib.pyplot as plt  # noqa: E402
 
 transformers_logging.disable_progress_bar()  # one bar at a time, and it is ours
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks transformers by an old name
@@ -115,7 +113,7 @@ def split(texts: list[str], seed: int) -> tuple[list[str], list[str]]:
     return [text for i, text in enumerate(texts) if i % 10], texts[::10]
 
 
-def pack(texts: Iterable[str], tokenizer: Any, block_size: int, limit: int, what: str) -> torch.Tensor:
+def pack(texts: Iterable[str], tokenizer: Any, block_size: int, limit: int, what: str) -> Tensor:
     """Tokenize `texts` one after the other and cut them into at most `limit` blocks: int64 (blocks, block_size)."""
     ids: list[int] = []
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -167,7 +165,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, block_size: int) -> Qwen3MoeFo
 
 
 @torch.no_grad()
-def held_out_loss(model: torch.nn.Module, blocks: torch.Tensor, batch_size: int) -> float:
+def held_out_loss(model: nn.Module, blocks: Tensor, batch_size: int) -> float:
     """Mean next-token loss in nats over `blocks` (n, block_size)."""
     was_training = model.training
     model.eval()
@@ -179,14 +177,14 @@ def held_out_loss(model: torch.nn.Module, blocks: torch.Tensor, batch_size: int)
 
 
 def train(
-    model: torch.nn.Module,
-    blocks: torch.Tensor,
-    held_out: torch.Tensor,
+    model: nn.Module,
+    blocks: Tensor,
+    held_out: Tensor,
     *,
     steps: int,
     lr: float,
     batch_size: int,
-    evaluations: int,
+    evals: int,
     title: str,
 ) -> list[tuple[int, float]]:
     """Train what requires a gradient; return the curve of (step, held-out loss), from step 0 to the last."""
@@ -197,7 +195,7 @@ def train(
         return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    every = max(1, steps // evaluations)
+    every = max(1, steps // evals)
     curve = [(0, held_out_loss(model, held_out, batch_size))]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     model.train()
@@ -206,7 +204,7 @@ def train(
         for step in range(1, steps + 1):
             batch = blocks[torch.randint(len(blocks), (batch_size,))]
             model(input_ids=batch, labels=batch).loss.backward()
-            torch.nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), 1.0)
+            nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
@@ -217,13 +215,13 @@ def train(
 
 
 @torch.no_grad()
-def logits_of(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+def logits_of(model: nn.Module, batch: Tensor) -> Tensor:
     """The model's logits in fp32 on the CPU: (batch, block_size, vocabulary)."""
     return model.eval()(input_ids=batch).logits.float().cpu()
 
 
 @torch.no_grad()
-def sample(model: Any, tokenizer: Any, prompt: torch.Tensor, seed: int, length: int = 240) -> str:
+def sample(model: Any, tokenizer: Any, prompt: Tensor, seed: int, length: int = 240) -> str:
     """Continue `prompt` (1, n) by `length` tokens; the same seed gives the same draw."""
     set_seed(seed)
     out = model.eval().generate(
@@ -242,7 +240,8 @@ def sample(model: Any, tokenizer: Any, prompt: torch.Tensor, seed: int, length: 
 def draw(curve: list[tuple[int, float]], path: Path, title: str) -> None:
     """Write the picture: held-out loss of the base (a level line) and of the adapter over the steps."""
     steps, losses = zip(*curve, strict=True)
-    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=150)
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="tight")
+    axes = figure.subplots()
     axes.axhline(losses[0], color="#8a8f98", linestyle="--", linewidth=1.6, label=f"base: {losses[0]:.3f}")
     axes.plot(steps, losses, color="#1f6feb", linewidth=2, marker=".", label=f"adapter: {losses[-1]:.3f}")
     axes.set(title=title, xlabel="fine-tuning step", ylabel="held-out loss (nats per token)")
@@ -250,9 +249,7 @@ def draw(curve: list[tuple[int, float]], path: Path, title: str) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.tight_layout()
     figure.savefig(path)
-    plt.close(figure)
 
 
 def load_model(source: str, device: str) -> Any:
@@ -276,7 +273,7 @@ def train_base(docstrings: list[str], args: argparse.Namespace, device: str) -> 
         steps=args.base_steps,
         lr=4e-3,
         batch_size=args.batch_size,
-        evaluations=4,
+        evals=4,
         title="base, on docstrings",
     )
     folder = args.out / "base"
@@ -292,6 +289,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     set_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.model is None:
+        torch.set_num_threads(1)  # products this small gain little from more, and wait much where cores are shared
         docstrings, texts = map(list, zip(*documented_code(Path(sysconfig.get_paths()["stdlib"])), strict=True))
         source, subject = train_base(docstrings, args, device), "source code"
     else:
@@ -319,7 +317,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         steps=args.steps,
         lr=args.lr or (6e-3 if args.model is None else 2e-4),
         batch_size=args.batch_size,
-        evaluations=20,
+        evals=20,
         title=f"adapter, on {subject}",
     )
     after = sample(model, tokenizer, prompt, args.seed)
@@ -380,8 +378,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="folder or hub id of a model to use instead of the small one built here")
     parser.add_argument("--data", type=Path, help='JSON-lines file with a field "text"; goes with --model')
     parser.add_argument("--out", type=Path, default=Path("quickstart_out"), help="output folder")
-    parser.add_argument("--steps", type=int, default=500, help="fine-tuning steps")
-    parser.add_argument("--base-steps", type=int, default=600, help="training steps of the base built here")
+    parser.add_argument("--steps", type=int, default=450, help="fine-tuning steps")
+    parser.add_argument("--base-steps", type=int, default=500, help="training steps of the base built here")
     parser.add_argument("--batch-size", type=int, default=16, help="blocks a step")
     parser.add_argument("--block-size", type=int, default=128, help="tokens a block")
     parser.add_argument("--lr", type=float, help="learning rate (6e-3 on the small model, 2e-4 on your own)")

@@ -61,13 +61,13 @@ def slot_factors(
     adapter: ProjectionAdapter,
     name: str,
     settings: AdapterSettings,
-    scaling: float,
+    scaling: float | None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A `(E', r, in)` and B `(E', out, r)` of one slot, shared factors expanded, the scaling folded into B.
 
     Args:
-        scaling: the nominal one of the adapter; that of each expert is relative to it.
+        scaling: the nominal one of the adapter; that of each expert is relative to it. `None`: nothing is folded in.
         dtype: in which to scale, so that a 16-bit B is not rounded once more; `None`: that of the parameters.
     """
     a, b = adapter.lora_A[name], adapter.lora_B[name]
@@ -77,7 +77,9 @@ def slot_factors(
         a, b = pad(a, settings), pad(b, settings).transpose(1, 2)
     else:
         experts = max(a.shape[0], b.shape[0], len(settings.ranks))
-        a, b = (factor.expand(experts, -1, -1) for factor in (a, b))
+        a, b = (factor if factor.shape[0] == experts else factor.expand(experts, -1, -1) for factor in (a, b))
+    if scaling is None:
+        return a, b
     nominal: Any = scaling * settings.factor  # a tensor once PEFT prepared the model for compiled hot-swapping
     if isinstance(nominal, Tensor) or nominal != 1.0:
         b = b * nominal
@@ -90,7 +92,7 @@ def factors(
     adapters: dict[str, ProjectionAdapter],
     name: str,
     settings: AdapterSettings,
-    scaling: float,
+    scaling: float | None,
     projection: ProjectionSpec,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:

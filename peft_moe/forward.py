@@ -34,8 +34,9 @@ def _bias(layer: MoELoraLayer, projection: ProjectionSpec, dtype: torch.dtype) -
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _factors(layer: MoELoraLayer, name: str, projection: ProjectionSpec) -> tuple[Tensor, Tensor]:
-    return factors(layer.projections, name, layer.adapters[name], layer.scaling[name], projection)
+def _factors(layer: MoELoraLayer, name: str, projection: ProjectionSpec, scaled: bool = True) -> tuple[Tensor, Tensor]:
+    scaling = layer.scaling[name] if scaled else None
+    return factors(layer.projections, name, layer.adapters[name], scaling, projection)
 
 
 def _frozen(layer: MoELoraLayer, projection: ProjectionSpec, dtype: torch.dtype) -> object:
@@ -143,13 +144,26 @@ def _joined(
     layer: MoELoraLayer, projection: ProjectionSpec, names: list[str], dtype: torch.dtype, backend: str
 ) -> Projection:
     """Several adapters of one projection as one, ranks side by side."""
+    names = [name for name in names if projection.name in layer.adapters[name].projections]
+    scale = _common_scale(layer, names)
     pairs = [
-        for_ops(*_factors(layer, name, projection), layer.adapters[name], layer.spec, dtype)
+        for_ops(*_factors(layer, name, projection, scaled=scale is None), layer.adapters[name], layer.spec, dtype)
         for name in names
-        if projection.name in layer.adapters[name].projections
     ]
     a, b = join_and_pad(pairs, backend) if pairs else (None, None)
-    return Projection(_frozen(layer, projection, dtype), _bias(layer, projection, dtype), a, b)  # type: ignore[arg-type]
+    frozen, bias = _frozen(layer, projection, dtype), _bias(layer, projection, dtype)
+    return Projection(frozen, bias, a, b, 1.0 if scale is None else scale)  # type: ignore[arg-type]
+
+
+def _common_scale(layer: MoELoraLayer, names: list[str]) -> float | None:
+    """The scaling, if one number scales all experts of all adapters: then no pass over B is needed for it."""
+    scales = {
+        layer.scaling[name] * layer.adapters[name].factor
+        if layer.adapters[name].scaling is None and not isinstance(layer.scaling[name], Tensor)
+        else None
+        for name in names
+    }
+    return scales.pop() if len(scales) == 1 else None
 
 
 def _row_adapter(layer: MoELoraLayer, names: list[str], tokens: int, routing: Routing, copies: int) -> Tensor | None:

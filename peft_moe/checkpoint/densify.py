@@ -20,6 +20,7 @@ def plain_linears(model: nn.Module, dtype: torch.dtype, skip: tuple[str, ...] = 
             linear: Any = module
             store: Any = open_modules([[linear]], (1, linear.out_features, linear.in_features), name)
             store.densify(dtype)
+        if type(module).__name__ in ("PackedLinear", "FP8Linear") and not is_fp8_linear(module):
             module.__class__ = nn.Linear
 
 

@@ -18,7 +18,9 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..weights.grid import FLOAT8
 from .packed_modules import PackedLinear, pack_experts
+from .scales import drop_unused_scales, recover_scales
 
 FP8, MXFP4 = "peft_moe_fp8", "peft_moe_mxfp4"
 _KINDS = {"fp8": FP8, "mxfp8": FP8, "mxfp4": MXFP4, "compressed-tensors": FP8}
@@ -128,8 +130,8 @@ class _PackedQuantizer(HfQuantizer):
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """8-bit tensors are taken as the file holds them: a cast from one kind to another would ruin the codes."""
         stored = str(param.get_dtype() if hasattr(param, "get_dtype") else param.dtype)
-        if stored.startswith("F8") or "float8" in stored:
-            return None
+        if stored.startswith("F8") or "float8" in stored or dtype in FLOAT8:
+            return None  # nor are 16-bit weights cast to codes, of layers that this checkpoint leaves in 16 bits
         return super().get_new_dtype(converter, param, dtype)
 
     def _skips(self, model: Any, name: str) -> bool:
@@ -151,6 +153,7 @@ class _PackedQuantizer(HfQuantizer):
     # dtype it casts none. `update_missing_keys` is its last call before it loads.
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        self._missing = set(missing_keys)
         self._asked = getattr(model.config, "_pre_quantization_dtype", None)
         if self._asked is not None:
             model.config._pre_quantization_dtype = None
@@ -160,15 +163,30 @@ class _PackedQuantizer(HfQuantizer):
         asked = getattr(self, "_asked", None)
         if asked is not None:
             model.config._pre_quantization_dtype = asked
+        asked = asked or getattr(model.config, "dtype", None)
+        if isinstance(asked, torch.dtype):
             kept = getattr(self, "_kept_in_fp32", ())
+            kept += tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
             for name, parameter in model.named_parameters():
                 if "scale" in name or parameter.element_size() == 1 or not parameter.is_floating_point():
                     continue
                 parameter.data = parameter.data.to(torch.float32 if any(k in name for k in kept) else asked)
+        self._settle_scales(model)
         for parameter in model.parameters():
             if parameter.element_size() == 1:
                 parameter.requires_grad_(False)
         return model
+
+    def _settle_scales(self, model: Any) -> None:
+        """Scales that no key of the file filled hold anything: they go, and what is FP8 without one is looked for."""
+        for name, parameter in list(model.named_parameters()):
+            leaf = name.rpartition(".")[2]
+            if not leaf.endswith(("_scale_inv", "_scale")):
+                continue
+            if name in self._missing if hasattr(self, "_missing") else not getattr(parameter, "_is_hf_initialized", False):
+                delattr(model.get_submodule(name.rpartition(".")[0]), leaf)
+        drop_unused_scales(model)  # of layers that are 16-bit in this checkpoint
+        recover_scales(model)
 
 
 class PackedFP8Quantizer(_PackedQuantizer):

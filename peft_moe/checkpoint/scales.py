@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 
 from ..layouts import find_experts
 from ..weights.built import split_path
-from ..weights.fp8 import FP8Piece, find_scale
+from ..weights.fp8 import FP8Piece, find_scale, scale_names
 from ..weights.grid import E8M0, FLOAT8
 from .files import read_shapes
 
@@ -109,7 +109,8 @@ def missing_scales(model: nn.Module) -> list[FP8Piece]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             pieces.append(FP8Piece(module, "weight", f"{name}.weight", slice(None), expert=0))
-    return [one for one in pieces if one.packed and find_scale(one.module, one.weight) is None]
+    lacking = [one for one in pieces if one.packed and find_scale(one.module, one.weight) is None]
+    return sorted(lacking, key=lambda one: "experts" not in one.where)  # those matter most to whoever reads of it
 
 
 def recover_scales(model: nn.Module, checkpoint: str | None = None) -> list[str]:
@@ -129,8 +130,9 @@ def recover_scales(model: nn.Module, checkpoint: str | None = None) -> list[str]
     source = checkpoint or getattr(getattr(model, "config", None), "_name_or_path", None)
     if not source:
         raise ValueError(
-            f"{pieces[0].where} and {len(pieces) - 1} more weights are FP8 without a scale, and the model does not say "
-            "which checkpoint it came from: name it, `recover_scales(model, checkpoint)`"
+            f"{pieces[0].where} and {len(pieces) - 1} more weights are FP8 without a scale: looked for "
+            f"{', '.join(scale_names(pieces[0].weight))} next to it. The model does not say which checkpoint it came "
+            "from, where they might be: name it, `peft_moe.checkpoint.scales.recover_scales(model, checkpoint)`."
         )
     opened = Checkpoint(source)
     found = [(piece, *_find(opened, piece)) for piece in pieces]

@@ -12,10 +12,15 @@ from torch import nn
 
 from ..weights.grid import FLOAT8
 from .packed_modules import PackedLinear
+from .scales import recover_scales
 
 
 def prepare(model: nn.Module) -> None:
-    """Let packed linears compute and differentiate where their own kernels do not, and mark the model trainable."""
+    """Let packed linears compute and differentiate where their own kernels do not, and mark the model trainable.
+
+    Scales that the loader dropped are found again. Raises `ValueError` for FP8 weights whose scale is nowhere.
+    """
+    recover_scales(model)
     for module in model.modules():
         if type(module).__name__ == "FP8Linear" and module.weight.dtype in FLOAT8 and not _differentiates(module):
             module.__class__ = PackedLinear

@@ -25,8 +25,9 @@ def logical_shape(module: Any, path: str) -> tuple[int, ...] | None:
     holder = module.get_submodule(owner) if owner else module
     parameter = getattr(holder, name, None)
     packed = getattr(holder, "packed_weights", {}).get(name) or getattr(parameter, "quant_state", None)
-    found = parameter if packed is None else packed
-    return tuple(found.shape) if isinstance(parameter, Tensor) and found.shape is not None else None
+    if not isinstance(parameter, Tensor):
+        return None
+    return tuple(parameter.shape if packed is None else packed.shape)
 
 
 class RunExperts(Protocol):

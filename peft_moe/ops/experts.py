@@ -1,6 +1,7 @@
 """A whole expert MLP with LoRA as one autograd function.
 
-With X the gathered input (S, H), W frozen, A and B the adapters (scaling folded into B), w the routing weight of a row:
+With X the gathered input (S, H), W frozen, A and B the adapters (a common scale multiplies every product with A, or in
+the backward with B, and is left out here), w the routing weight of a row:
 
     forward    G = X W_guᵀ + (X A_guᵀ) B_guᵀ + b_gu     h = act(G)
                Y = h W_dᵀ + (h A_dᵀ) B_dᵀ + b_d         out[t] = sum_k w Y
@@ -34,13 +35,14 @@ class Projection(NamedTuple):
 
     Attributes:
         weight: `(E, N, K)` or what builds it. bias: `(E, N)` or `None`.
-        a: `(E, R, K)`, b: `(E, N, R)` with the scaling folded in, or both `None`; R a `padded_rank` of the backend.
+        a: `(E, R, K)`, b: `(E, N, R)`, or both `None`; R a `padded_rank` of the backend.
     """
 
     weight: FrozenStack
     bias: Tensor | None
     a: Tensor | None
     b: Tensor | None
+    scale: float = 1.0
 
 
 def _pieces(backend: str) -> ModuleType:
@@ -62,10 +64,12 @@ class _ExpertMLP(torch.autograd.Function):
         up_bias: Tensor | None,
         up_a: Tensor | None,
         up_b: Tensor | None,
+        up_scale: float,
         down_weight: FrozenStack,
         down_bias: Tensor | None,
         down_a: Tensor | None,
         down_b: Tensor | None,
+        down_scale: float,
         order: Tensor,
         source: Tensor,
         inverse: Tensor,
@@ -79,14 +83,15 @@ class _ExpertMLP(torch.autograd.Function):
         run = _pieces(backend)
         routing = Routing(order, source, inverse, experts, offsets, weights.shape[1], valid)
         rows = run.gather(x, source)
-        pre, up_low = run.project(rows, stack_tensor(up_weight), up_a, up_b, up_bias, routing, backend)
+        pre, up_low = run.project(rows, stack_tensor(up_weight), up_a, up_b, up_scale, up_bias, routing, backend)
         hidden = run.activate_rows(activation, pre)
         out, down_low = run.project(
-            (hidden, None), stack_tensor(down_weight), down_a, down_b, down_bias, routing, backend
+            (hidden, None), stack_tensor(down_weight), down_a, down_b, down_scale, down_bias, routing, backend
         )
         out = run.combine(out, weights, routing, dtype)
 
         ctx.backend, ctx.activation = backend, activation
+        ctx.up_scale, ctx.down_scale = up_scale, down_scale
         up_tensor, down_tensor = isinstance(up_weight, Tensor), isinstance(down_weight, Tensor)
         ctx.build_up = None if up_tensor else up_weight
         ctx.build_down = None if down_tensor else down_weight
@@ -114,7 +119,9 @@ class _ExpertMLP(torch.autograd.Function):
         d_rows = run.gather(grads[0].to(x.dtype), source)  # before weighting
         down_weight = ctx.build_down() if down_weight is None else down_weight
         # The transposed projection: B takes the place of A, A that of B.
-        d_hidden, d_down_low = run.project(d_rows, down_weight.mT, _mT(down_b), _mT(down_a), None, routing, backend)
+        d_hidden, d_down_low = run.project(
+            d_rows, down_weight.mT, _mT(down_b), _mT(down_a), ctx.down_scale, None, routing, backend
+        )
         del down_weight
         d_pre, dots, hidden = run.activate_rows_backward(ctx.activation, pre, d_hidden, row_weight)
         del d_hidden
@@ -124,9 +131,9 @@ class _ExpertMLP(torch.autograd.Function):
         d_up_b: Tensor | None = None
         d_weights: Tensor | None = None
         d_x: Tensor | None = None
-        if ctx.needs_input_grad[9]:
+        if ctx.needs_input_grad[10]:
             d_down_b = run.outer(d_rows, down_low, row_weight, routing, False, backend)
-        if ctx.needs_input_grad[8]:
+        if ctx.needs_input_grad[9]:
             d_down_a = run.outer((hidden, None), d_down_low, row_weight, routing, True, backend)
         del hidden
         if need_weights:
@@ -139,7 +146,7 @@ class _ExpertMLP(torch.autograd.Function):
         if need_x or need_up:
             up_weight = ctx.build_up() if up_weight is None else up_weight
             d_gathered, d_up_low = run.project(
-                (d_pre, None), up_weight.mT, _mT(up_b), _mT(up_a), None, routing, backend
+                (d_pre, None), up_weight.mT, _mT(up_b), _mT(up_a), ctx.up_scale, None, routing, backend
             )
             del up_weight
             if ctx.needs_input_grad[4]:
@@ -147,7 +154,7 @@ class _ExpertMLP(torch.autograd.Function):
             if need_x:
                 d_x = run.combine(d_gathered, None, routing, x.dtype)
         return (
-            d_x, d_weights, None, None, d_up_a, d_up_b, None, None, d_down_a, d_down_b,
+            d_x, d_weights, None, None, d_up_a, d_up_b, None, None, None, d_down_a, d_down_b, None,
             None, None, None, None, None, None, None, None, None,
         )  # fmt: skip
 

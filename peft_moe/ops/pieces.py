@@ -22,9 +22,16 @@ def gather(x: Tensor, source: Tensor) -> Rows:
 
 
 def project(
-    rows: Rows, weight: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None, routing: Routing, backend: str
+    rows: Rows,
+    weight: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    bias: Tensor | None,
+    routing: Routing,
+    backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """`W x + B (A x) + bias` of each row, and the low-rank product `A x`.
+    """`W x + B low + bias` of each row, and the low-rank product `low = scale A x`.
 
     Args: weight `(E, N, K)`, a `(E, R, K)`, b `(E, N, R)`, bias `(E, N)`; any strides. Returns `(S, N)`, `(S, R)`.
     """
@@ -33,6 +40,7 @@ def project(
     low = None
     if a is not None and b is not None:
         low = grouped_mm(x, a.mT, offsets, backend)
+        low = low if scale == 1.0 else low * scale
         out = out + grouped_mm(low, b.mT, offsets, backend)
     return (out if bias is None else out + bias[routing.experts]), low
 

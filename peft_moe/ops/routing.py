@@ -44,9 +44,9 @@ def route(index: Tensor, num_experts: int, sentinels: bool) -> Routing:
     flat = index.reshape(-1)
     experts, order = torch.sort(flat, stable=True)
     inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
+    inverse.scatter_(0, order, torch.arange(order.numel(), device=order.device))
     boundaries = torch.arange(num_experts, device=experts.device, dtype=experts.dtype)
-    offsets = torch.searchsorted(experts, boundaries, right=True).to(torch.int32)
+    offsets = torch.searchsorted(experts, boundaries, right=True, out_int32=True)
     valid = None
     if sentinels:
         valid = (experts < num_experts).unsqueeze(-1)

@@ -27,7 +27,8 @@ class BnbExpertsConfig(BitsAndBytesConfig):
 
     Args:
         load_in_8bit, load_in_4bit: exactly one has to be true.
-        experts_blocksize: elements that share a scale, one of `BLOCK_SIZES`; 4 bits only. Linears keep 64.
+        experts_blocksize: elements of stacked experts that share a scale, one of `BLOCK_SIZES`; 4 bits only. Linears,
+            also those of listed experts, keep 64.
         experts_only: leave every linear outside the experts in 16 bits.
         experts_compute_dtype: in which stacked experts multiply; `None`: `bnb_4bit_compute_dtype` where that was
             given, else the dtype of the model.

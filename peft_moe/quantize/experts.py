@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..layouts import find_experts
+from ..weights.bnb_codes import library
 from ..weights.bnb_records import find_record, install
 from ..weights.built import split_path
 from .config import BnbExpertsConfig, PackSettings
@@ -98,19 +99,19 @@ def pack_parameter(module: nn.Module, path: str, settings: PackSettings) -> None
 
 def pack_linear(linear: nn.Linear, config: BnbExpertsConfig) -> nn.Module:
     """A `Linear4bit` or `Linear8bitLt` with the quantized weight of a linear, and its bias."""
-    import bitsandbytes as bnb
-
-    weight = linear.weight.data
+    modules, weight = library().nn, linear.weight.data
     arguments: tuple[Any, ...] = (linear.in_features, linear.out_features, linear.bias is not None)
     with torch.device("meta"):
         if config.load_in_8bit:
-            found = bnb.nn.Linear8bitLt(*arguments, has_fp16_weights=False, threshold=config.llm_int8_threshold)
+            found = modules.Linear8bitLt(*arguments, has_fp16_weights=False, threshold=config.llm_int8_threshold)
         else:
-            found = bnb.nn.Linear4bit(
+            found = modules.Linear4bit(
                 *arguments, config.compute_dtype, config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type,
                 config.bnb_4bit_quant_storage,
             )  # fmt: skip
-    parameter, record = pack(weight, config.settings())
+    # Blocks of 64, as stock: bitsandbytes' kernels for linears on CPUs need rows that are whole blocks.
+    parameter: Any
+    parameter, record = pack(weight, replace(config.settings(), blocksize=64))
     if config.load_in_8bit:
         parameter.CB = parameter.data
         found.original_dtype = weight.dtype

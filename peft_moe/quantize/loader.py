@@ -20,6 +20,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
+from ..weights.bnb_codes import library
 from ..weights.bnb_records import RECORDS, find_record, install, record_from, statistics_names, uninstall
 from ..weights.built import split_path
 from . import conversions
@@ -45,10 +46,12 @@ class _ExpertsQuantizer:
     # --- which tensors -------------------------------------------------------------------------------------------
 
     def get_modules_to_not_convert(self, model: Any, *args: Any, **kwargs: Any) -> list[str]:
-        """As the stock one; with `experts_only` all linears outside the experts as well."""
+        """As the stock one, with what it would overlook: patterns on listed experts, and `experts_only`."""
         names = list(super().get_modules_to_not_convert(model, *args, **kwargs))  # type: ignore[misc]
+        skip = self.quantization_config.llm_int8_skip_modules
+        inside = {full for full, _, _ in listed_linears(model, None)}
+        names += sorted(inside - {full for full, _, _ in listed_linears(model, skip)})
         if self.quantization_config.experts_only:
-            inside = {full for full, _, _ in listed_linears(model, None)}
             names += [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in inside]
         return names
 
@@ -97,9 +100,7 @@ class _ExpertsQuantizer:
 
     def restore_stack(self, model: Any, name: str, packed: Tensor, statistics: dict[str, Tensor]) -> nn.Parameter:
         """The parameter of packed bytes that were read with their statistics. Raises `ValueError` where they misfit."""
-        import bitsandbytes as bnb
-
-        config = self.quantization_config
+        modules, config = library().nn, self.quantization_config
         try:
             record = record_from(statistics, packed.device, config.compute_dtype)
         except ValueError as error:
@@ -119,9 +120,9 @@ class _ExpertsQuantizer:
         if config.load_in_4bit and packed.dtype == torch.uint8:
             packed = packed.view(config.bnb_4bit_quant_storage)
         if config.load_in_8bit:
-            parameter = bnb.nn.Int8Params(packed, requires_grad=False, SCB=record.state.SCB)
+            parameter = modules.Int8Params(packed, requires_grad=False, SCB=record.state.SCB)
         else:
-            parameter = bnb.nn.Params4bit(
+            parameter = modules.Params4bit(
                 packed, requires_grad=False, quant_state=record.state, blocksize=record.state.blocksize,
                 compress_statistics=record.state.nested, quant_type=record.state.quant_type,
                 quant_storage=packed.dtype, bnb_quantized=True,

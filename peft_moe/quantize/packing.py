@@ -20,8 +20,7 @@ def pack(values: Tensor, settings: PackSettings) -> tuple[nn.Parameter, PackedRe
     bitsandbytes quantizes it in one call, or range by range where it has more elements than its kernels can count.
     Raises `ValueError` for values that are not floating or not finite, and `ImportError` without bitsandbytes.
     """
-    import bitsandbytes
-
+    modules = bnb_codes.library().nn
     if not values.is_floating_point():
         raise ValueError(f"expected weights in 16 or 32 bits to quantize, found {values.dtype}")
     dtype, shape = values.dtype, values.shape
@@ -32,11 +31,11 @@ def pack(values: Tensor, settings: PackSettings) -> tuple[nn.Parameter, PackedRe
         values = values.float()
     if settings.quant_type == "int8":
         codes, scales = _pack_rows(values.reshape(-1, shape[-1]))
-        parameter = bitsandbytes.nn.Int8Params(codes, requires_grad=False, SCB=scales)
+        parameter = modules.Int8Params(codes, requires_grad=False, SCB=scales)
         return parameter, PackedRecord(Int8State(scales, shape, dtype), settings.compute_dtype)
     packed, state = _pack_blocks(values, settings)
     state.dtype, state.shape = values.dtype, shape
-    parameter = bitsandbytes.nn.Params4bit(
+    parameter = modules.Params4bit(
         packed, requires_grad=False, quant_state=state, blocksize=settings.blocksize,
         compress_statistics=settings.nested, quant_type=settings.quant_type, quant_storage=settings.storage,
         bnb_quantized=True,

@@ -40,7 +40,9 @@ class BnbWeight(BuiltWeight):
             if everything and piece.expert is None and target.is_contiguous():
                 piece.codes().read(0, target.numel(), target)
                 continue
-            codes = piece.codes() if piece.expert is None or piece.expert in experts else None
+            if piece.expert not in (None, *experts):
+                continue
+            codes = piece.codes()
             for position, expert in enumerate(experts):
                 if piece.expert not in (None, expert):
                     continue
@@ -105,6 +107,12 @@ class BnbWeight(BuiltWeight):
             codes.read(start, stop, stored)  # nested scales are coded later: their own, small error is not in it
             change += Change.of(stored, exact, delta)
         return change
+
+    def densify(self, dtype: torch.dtype) -> None:
+        """Replace the packed weights by plain ones; cast those that are plain already. The store goes on to work."""
+        for piece in self.pieces:
+            piece.densify(dtype)
+        self.activation_dtype, self._kept = dtype, None
 
     @torch.no_grad()
     def snapshot(self) -> list[Any]:

@@ -6,6 +6,7 @@ imported when the first code is read, never with the package.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,15 +20,19 @@ _TEMPORARY = 2**24
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def functional() -> Any:
-    """`bitsandbytes.functional`. Raises `ImportError` with what to install."""
+def library() -> Any:
+    """`bitsandbytes`. Raises `ImportError` with what to install."""
     try:
-        import bitsandbytes.functional as module
+        return importlib.import_module("bitsandbytes")
     except ImportError as error:
         raise ImportError(
-            "these expert weights are quantized with bitsandbytes, which is not installed: `pip install bitsandbytes`"
+            "expert weights quantized with bitsandbytes need it installed: `pip install bitsandbytes`"
         ) from error
-    return module
+
+
+def functional() -> Any:
+    """`bitsandbytes.functional`."""
+    return library().functional
 
 
 def _ranges(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:

@@ -109,6 +109,7 @@ class StackPiece:
 
     def densify(self, dtype: torch.dtype) -> None:
         if not self.packed:
+            self.parameters[0].data = self.parameters[0].data.to(dtype)
             return
         codes = self.codes()
         dense = torch.empty(self.record.shape, dtype=dtype, device=self.parameters[0].device)
@@ -242,9 +243,10 @@ class LinearPiece:
             current.to(weight.device)
 
     def densify(self, dtype: torch.dtype) -> None:
-        if not self.packed:
-            return
         linear = self.linear
+        if not self.packed:
+            linear.weight.data = linear.weight.data.to(dtype)
+            return
         dense = torch.empty(linear.out_features, linear.in_features, dtype=dtype, device=linear.weight.device)
         self.codes().read(0, dense.numel(), dense)
         for name in ("compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "state", "index"):

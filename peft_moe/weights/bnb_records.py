@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bnb_codes import EightBit, FourBit, functional
+from .bnb_codes import EightBit, FourBit, functional, library
 
 RECORDS = "packed_weights"  # also read by `layouts.spec.logical_shape`
 _INT8_STATE = "quant_state.peft_moe__int8"
@@ -70,10 +70,8 @@ class PackedRecord:
         """What has to be saved with the packed tensor, by suffix of its key."""
         if not isinstance(self.state, Int8State):
             return self.state.as_dict(packed=True)
-        from bitsandbytes.utils import pack_dict_to_tensor
-
         facts = {"shape": tuple(self.state.shape), "dtype": str(self.state.dtype).removeprefix("torch.")}
-        return {"SCB": self.state.SCB, _INT8_STATE: pack_dict_to_tensor(facts)}
+        return {"SCB": self.state.SCB, _INT8_STATE: library().utils.pack_dict_to_tensor(facts)}
 
 
 def statistics_names(quant_type: str, nested: bool) -> list[str]:
@@ -88,9 +86,7 @@ def record_from(statistics: dict[str, Tensor], device: Any, compute_dtype: torch
     """The record of saved statistics. Raises `ValueError` if some are missing."""
     statistics = dict(statistics)
     if _INT8_STATE in statistics:
-        from bitsandbytes.utils import unpack_tensor_to_dict
-
-        facts = unpack_tensor_to_dict(statistics[_INT8_STATE].cpu())
+        facts = library().utils.unpack_tensor_to_dict(statistics[_INT8_STATE].cpu())
         if "SCB" not in statistics:
             raise ValueError(f"int8 statistics without SCB, found {sorted(statistics)}")
         shape, dtype = torch.Size(facts["shape"]), getattr(torch, facts["dtype"])

@@ -22,7 +22,8 @@ from .requantized import Change, report
 
 def scale_names(weight: str) -> tuple[str, ...]:
     """The attributes under which the scale of a weight is looked for, next to it."""
-    return tuple(f"{weight}{suffix}" for suffix in ("_scale_inv", "_scale", "_weight_scale_inv", "_weight_scale"))
+    suffixes = ("_scale_inv", "_scale", "_weight_scale_inv", "_weight_scale")
+    return tuple(f"{weight}{suffix}" for suffix in (suffixes[:2] if weight == "weight" else suffixes))
 
 
 def has_float8(tensors: Iterable[Any]) -> bool:

@@ -75,7 +75,7 @@ def test_expert_mlp(backend: str, dtype: torch.dtype, closed: bool, sentinels: b
     weights = torch.rand(TOKENS, TOP_K).requires_grad_()
     index = torch.randint(EXPERTS, (TOKENS, TOP_K))
     gate = SILU_GATED if closed else lambda pre: torch.tanh(pre[..., ::2]) * pre[..., 1::2]
-    inputs = [x, weights, *up[:1], *up[2:], *down[:1], *down[2:]]
+    inputs = [x, weights, up.weight, up.a, up.b, down.weight, down.a, down.b]
 
     def run() -> Tensor:
         return expert_mlp(x, weights, route(index, EXPERTS, sentinels), up, down, gate, backend, dtype)

@@ -21,10 +21,18 @@ def gather(x: Tensor, source: Tensor) -> Rows:
 
 
 def project(
-    rows: Rows, weight: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None, routing: Routing, backend: str
+    rows: Rows,
+    weight: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    bias: Tensor | None,
+    routing: Routing,
+    backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """One kernel: gather, base product, LoRA A, LoRA B, bias."""
-    return _project(rows[0], rows[1], weight, a, b, None if bias is None else bias.contiguous(), routing.offsets)
+    """One kernel or two: gather, base product, LoRA A, LoRA B, bias."""
+    bias = None if bias is None else bias.contiguous()
+    return _project(rows[0], rows[1], weight, a, b, scale, bias, routing.offsets)
 
 
 def activate_rows(activation: Activation, pre: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """One projection of all experts with its adapter: gather, base product, LoRA A and LoRA B.
 
-    low[m] = A[e] x[source[m]]          out[m] = W[e] x[source[m]] + B[e] low[m] + bias[e]
+    low[m] = scale A[e] x[source[m]]          out[m] = W[e] x[source[m]] + B[e] low[m] + bias[e]
 
 A program computes a tile of rows of one expert and a tile of columns. LoRA B is one more step of the base product's
 accumulation. With few rows an expert, where launches count, LoRA A rides along in the loop over K; with many, its
@@ -36,11 +36,11 @@ def _find_tile(offsets, tile, experts: tl.constexpr, EXPERTS: tl.constexpr, ROWS
 @triton.jit
 def _project_kernel(
     x, source, w, a, b, bias, offsets, out, low,
-    n_size, k_size,
+    scale, n_size, k_size,
     x_row, w_expert, w_n, w_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
     experts: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr,
     HAS_SOURCE: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    SCALE_OUT: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n_tiles = tl.cdiv(n_size, COLUMNS)
@@ -88,7 +88,7 @@ def _project_kernel(
         if HAS_B:
             low_at = low + rows.to(tl.int64)[:, None] * RANK + ranks[None, :]
             if HAS_A:
-                low_tile = low_total.to(x.dtype.element_ty)
+                low_tile = (low_total * scale).to(x.dtype.element_ty)
             else:
                 low_tile = tl.load(low_at, mask=row_mask[:, None], other=0.0)
             b_tile = tl.load(b + expert64 * b_expert + ranks[:, None] * b_r + inside_columns[None, :] * b_n)
@@ -98,6 +98,8 @@ def _project_kernel(
                     tl.store(low_at, low_tile, mask=row_mask[:, None])
         if HAS_BIAS:
             total += tl.load(bias + expert64 * n_size + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        if SCALE_OUT:
+            total *= scale
         out_at = out + rows.to(tl.int64)[:, None] * n_size + columns[None, :]
         tl.store(out_at, total.to(out.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
 
@@ -135,6 +137,7 @@ def project(
     weight: Tensor,
     a: Tensor | None,
     b: Tensor | None,
+    scale: float,
     bias: Tensor | None,
     offsets: Tensor,
     tiles: dict[str, int] | None = None,
@@ -144,18 +147,35 @@ def project(
     Args:
         x: `(T, K)` with unit stride in K. source: `(S,)` row of x for each sorted row; `None`: x is `(S, K)` itself.
         weight: `(E, N, K)`, any strides. a: `(E, R, K)`, b: `(E, N, R)`, any strides, R a power of two >= 16;
-            or both `None`.
+            or both `None`. scale: of the low-rank product.
         bias: contiguous `(E, N)` or `None`. offsets: `(E,)` int32 ends of the experts' rows.
         tiles: sizes to use instead of the default ones.
 
     Returns: out `(S, N)` and low `(S, R)` in the dtype of x; rows past `offsets[-1]` are not written.
     """
     rows = x.shape[0] if source is None else source.shape[0]
-    experts, n_size, k_size = weight.shape
     low = None
-    if a is not None and rows > FEW_ROWS * experts:
-        low, _ = project(x, source, a, None, None, None, offsets)
+    if a is not None and rows > FEW_ROWS * weight.shape[0]:
+        low = _launch(x, source, a, None, None, scale, None, None, offsets, None, scale_out=True)[0]
         a = None
+    return _launch(x, source, weight, a, b, scale, low, bias, offsets, tiles, scale_out=False)
+
+
+def _launch(
+    x: Tensor,
+    source: Tensor | None,
+    weight: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    low: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor,
+    tiles: dict[str, int] | None,
+    scale_out: bool,
+) -> tuple[Tensor, Tensor | None]:
+    rows = x.shape[0] if source is None else source.shape[0]
+    experts, n_size, k_size = weight.shape
     out = torch.empty(rows, n_size, dtype=x.dtype, device=x.device)
     if a is not None:
         low = torch.empty(rows, a.shape[1], dtype=x.dtype, device=x.device)
@@ -168,11 +188,11 @@ def project(
     b_strides = (0, 0, 0) if b is None else b.stride()
     _project_kernel[grid](
         x, source, weight, a, b, bias, offsets, out, low,
-        n_size, k_size,
+        scale, n_size, k_size,
         x.stride(0), *weight.stride(), *a_strides, *b_strides,
         experts=experts, EXPERTS=triton.next_power_of_2(experts), RANK=16 if b is None else b.shape[2],
         HAS_SOURCE=source is not None, HAS_A=a is not None, HAS_B=b is not None, HAS_BIAS=bias is not None,
-        EVEN_K=k_size % chosen["STEP"] == 0, EVEN_N=n_size % chosen["COLUMNS"] == 0,
+        SCALE_OUT=scale_out, EVEN_K=k_size % chosen["STEP"] == 0, EVEN_N=n_size % chosen["COLUMNS"] == 0,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         **chosen,
     )  # fmt: skip
