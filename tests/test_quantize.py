@@ -277,6 +277,27 @@ def test_merging_into_plain_weights_loses_nothing(kind: str, tmp_path: Path) -> 
     assert relative(output(again), output(reference)) < 2e-5
 
 
+@pytest.mark.parametrize("kind", ["nested", "int8"])
+def test_merging_everything_into_plain_weights(kind: str, tmp_path: Path) -> None:
+    """Attention too, adapted and not."""
+    base = small()
+    base.save_pretrained(tmp_path / "dense")
+    options = config(kind, experts_only=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=options, **LOAD).train()
+    reference = attach(twin(base, model), target_modules=["q_proj"])
+    merged = attach(model, target_modules=["q_proj"]).merge_and_unload(dtype=torch.float32)
+    wanted = reference.merge_and_unload()
+    assert not [
+        name
+        for name, module in merged.named_modules()
+        if type(module).__name__.startswith("Linear") and type(module) is not nn.Linear
+    ]
+    assert relative(output(merged), output(wanted)) < 2e-5
+    merged.save_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", **LOAD).train()
+    assert relative(output(again), output(wanted)) < 2e-5
+
+
 # --- load and save -------------------------------------------------------------------------------------------------
 
 LOAD = {"attn_implementation": "eager", "dtype": torch.float32}

@@ -5,18 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from ..layouts import find_experts
 from ..linears import is_fp8_linear
-from ..weights import open_modules, open_stacked
+from ..weights import is_packed_linear, open_modules, open_stacked
 from .packed_modules import unpack_class
 
 
 def plain_linears(model: nn.Module, dtype: torch.dtype, skip: tuple[str, ...] = ()) -> None:
-    """Turn every FP8 linear of a model into a plain one, in place. skip: prefixes of names to leave alone."""
+    """Turn every quantized linear of a model into a plain one, in place. skip: prefixes of names to leave alone."""
     for name, module in model.named_modules():
-        if is_fp8_linear(module) and not name.startswith(skip):
+        if type(module).__module__ == "peft.tuners.lora.bnb":
+            module.__class__ = LoraLinear  # which merges into plain weights
+            module.is_target_conv_1d_layer = False  # type: ignore[assignment]
+        packed = is_fp8_linear(module) or (isinstance(module, nn.Linear) and is_packed_linear(module))
+        if packed and not name.startswith(skip):
             linear: Any = module
             store: Any = open_modules([[linear]], (1, linear.out_features, linear.in_features), name)
             store.densify(dtype)

@@ -152,6 +152,9 @@ class _PackedQuantizer(HfQuantizer):
     # transformers 4 casts every floating tensor but e4m3 to the dtype asked for, e5m2 codes and scales too; without a
     # dtype it casts none. `update_missing_keys` is its last call before it loads.
 
+    _packed: frozenset[str] = frozenset()
+    _kept_in_fp32: tuple[str, ...] = ()
+
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         self._missing = set(missing_keys)
         self._asked = getattr(model.config, "_pre_quantization_dtype", None)
@@ -163,14 +166,14 @@ class _PackedQuantizer(HfQuantizer):
         asked = getattr(self, "_asked", None)
         if asked is not None:
             model.config._pre_quantization_dtype = asked
-        asked = asked or getattr(model.config, "dtype", None)
-        if isinstance(asked, torch.dtype):
-            kept = getattr(self, "_kept_in_fp32", ())
-            kept += tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-            for name, parameter in model.named_parameters():
-                if "scale" in name or parameter.element_size() == 1 or not parameter.is_floating_point():
-                    continue
-                parameter.data = parameter.data.to(torch.float32 if any(k in name for k in kept) else asked)
+        for name, parameter in model.named_parameters():
+            if "scale" in name or parameter.element_size() == 1 or not parameter.is_floating_point():
+                continue
+            if asked is not None:
+                wide = any(part in name for part in self._kept_in_fp32)
+                parameter.data = parameter.data.to(torch.float32 if wide else asked)
+            elif name in self._packed:  # made for codes, filled with 16-bit weights
+                parameter.data = parameter.data.to(model.dtype)
         self._settle_scales(model)
         for parameter in model.parameters():
             if parameter.element_size() == 1:
@@ -214,6 +217,7 @@ class PackedFP8Quantizer(_PackedQuantizer):
                 setattr(model.get_submodule(parent), leaf, packed)
             elif name.endswith(".experts"):
                 self._pack(module)
+        self._packed = frozenset(name for name, one in model.named_parameters() if one.dtype in FLOAT8)
         return model
 
     def _pack(self, module: Any) -> None:

@@ -94,12 +94,14 @@ def pack_experts(module: nn.Module, tensors: dict[str, dict[str, Tensor]]) -> No
 
     Args: tensors: name of a plain parameter -> the parameters that take its place, which may include its own name.
     """
-    plain = {name: (tuple(getattr(module, name).shape), bool(getattr(module, "is_transposed", False))) for name in tensors}
+    transposed = bool(getattr(module, "is_transposed", False))
+    plain = {name: (tuple(getattr(module, name).shape), transposed) for name in tensors}
     for name, packed in tensors.items():
         delattr(module, name)
         for key, tensor in packed.items():
             module.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
     setattr(module, PLAIN, plain)
+    module._is_hf_initialized = True  # type: ignore[assignment]  # nothing here that could be initialised
     module.__class__ = _packed_class(type(module))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import cached_file
@@ -88,7 +89,7 @@ def _cached(name: str, index: str, single: str) -> list[str]:
         listing = cached_file(name, index, **options)
         names = [single] if listing is None else json.loads(Path(listing).read_text())["weight_map"].values()
         files = [cached_file(name, one, **options) for one in sorted(set(names))]
-    except OSError:  # not a name that the hub could have
+    except (OSError, HFValidationError):  # not there, or not a name that the hub could have
         return []
     return [str(file) for file in files if file is not None]
 

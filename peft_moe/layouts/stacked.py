@@ -238,9 +238,7 @@ _BY_CLASS: dict[str, Callable[[Any], ExpertsSpec]] = {
 # Classes that a quantizer puts in the place of any model's own: asked first, as their flags do not tell it all.
 _QUANTIZED: dict[str, Callable[[Any], ExpertsSpec]] = {
     "FP8Experts": _fp8,
-    "DequantizedFP8Experts": _fp8,
     "Mxfp4GptOssExperts": _mxfp4,
-    "DequantizedGptOssExperts": _mxfp4,
 }
 
 _SECOND_LINEAR = ("output_linear", "fc2")  # of a pair of parallel linears
@@ -259,7 +257,10 @@ def describe_stacked(name: str, module: nn.Module) -> ExpertsSpec | None:
     kind = type(module).__name__
     if kind in _REFUSED:
         return ExpertsSpec(0, (), None, refused=_REFUSED[kind])
-    spec = _QUANTIZED[kind](module) if kind in _QUANTIZED else _interface(module)
+    if kind in _QUANTIZED:
+        spec = _QUANTIZED[kind](module)
+    else:
+        spec = _mxfp4(module) if hasattr(module, "gate_up_proj_blocks") else _interface(module)
     if spec is None and kind in _BY_CLASS:
         spec = _BY_CLASS[kind](module)
         if spec.call is calls.sorted_rows and name.rpartition(".")[2] in _SECOND_LINEAR:

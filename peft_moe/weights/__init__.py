@@ -40,10 +40,10 @@ def open_stacked(
 
     Raises `ValueError` for a storage that no store can read.
     """
-    if any(is_packed_stack(module, path) for path, _, _ in parts):
-        return open_bnb_stack(module, parts, shape, name)
     if find_packed4(module, parts[0][0]) is not None:
         return open_mxfp4(module, parts, shape, name)
+    if any(is_packed_stack(module, path) for path, _, _ in parts):
+        return open_bnb_stack(module, parts, shape, name)
     tensors = [parameter_at(module, path) for path, _, _ in parts]
     if has_float8(tensors):
         return open_fp8_stack(module, parts, shape, name)

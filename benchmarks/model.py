@@ -1,0 +1,207 @@
+"""A whole model of Qwen3-30B-A3B's shape with random weights: tokens a second and memory, all contenders in one run.
+
+    python benchmarks/model.py --base nf4 --contenders peft-moe loop
+    python benchmarks/model.py --base bf16 --contenders attention peft peft-moe --tokens 2048 8192
+
+Batch 1, gradient checkpointing, forward and backward. Contenders: `peft-moe` (experts and attention), `peft` (the same by
+stock PEFT, 16-bit bases only), `attention` (LoRA on attention alone over the frozen experts as the base runs them) and
+`loop` (a Python loop over the routed experts, each three `Linear4bit` with its own LoRA: what a list of experts costs).
+Resident is what base, adapters and their gradients take; peak is the most memory allocated above the base weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+import peft_moe
+from peft_moe import BnbExpertsConfig, MoELoraConfig, quantize_experts
+
+GIB = 2**30
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def build(layers: int) -> nn.Module:
+    """The 16-bit model on the GPU."""
+    config = Qwen3MoeConfig(
+        vocab_size=151936, hidden_size=2048, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=4,
+        head_dim=128, intermediate_size=6144, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+        norm_topk_prob=True, tie_word_embeddings=False, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+class Expert4bit(nn.Module):
+    """One expert as three `Linear4bit` with a LoRA each."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor, rank: int) -> None:
+        super().__init__()
+        gate, up = gate_up.chunk(2)
+        self.linears = nn.ModuleList(_linear_4bit(weight) for weight in (gate, up, down))
+        device, dtype = down.device, torch.float32
+        shapes = [weight.shape for weight in (gate, up, down)]
+        self.a = nn.ParameterList(torch.randn(rank, s[1], device=device, dtype=dtype) * s[1] ** -0.5 for s in shapes)
+        self.b = nn.ParameterList(torch.zeros(s[0], rank, device=device, dtype=dtype) for s in shapes)
+
+    def _project(self, index: int, x: Tensor) -> Tensor:
+        linear = nn.functional.linear
+        low = linear(x, self.a[index].to(x.dtype))
+        return self.linears[index](x) + 2.0 * linear(low, self.b[index].to(x.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._project(2, nn.functional.silu(self._project(0, x)) * self._project(1, x))
+
+
+def _linear_4bit(weight: Tensor) -> nn.Module:
+    import bitsandbytes as bnb
+
+    with torch.device("meta"):
+        linear = bnb.nn.Linear4bit(
+            weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.bfloat16, compress_statistics=True,
+            quant_type="nf4",
+        )  # fmt: skip
+    linear.weight = bnb.nn.Params4bit(
+        weight.contiguous().cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=linear
+    ).to(weight.device)
+    return linear
+
+
+class LoopExperts(nn.Module):
+    """The routed experts in a loop, as a list of experts runs them."""
+
+    def __init__(self, experts: nn.Module, rank: int) -> None:
+        super().__init__()
+        pairs = zip(experts.gate_up_proj.data, experts.down_proj.data, strict=True)  # type: ignore[union-attr]
+        self.experts = nn.ModuleList(Expert4bit(gate_up, down, rank) for gate_up, down in pairs)
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        mask = nn.functional.one_hot(index, num_classes=len(self.experts)).permute(2, 1, 0)
+        for expert in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero().flatten().tolist():
+            choice, token = torch.where(mask[expert])
+            rows = self.experts[expert](x[token]) * weights[token, choice, None]
+            out.index_add_(0, token, rows.to(out.dtype))
+        return out
+
+
+def contender(name: str, base: str, layers: int, rank: int) -> tuple[nn.Module, int]:
+    """(model, bytes of the base weights)."""
+    model = build(layers)
+    if name == "loop":
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for module in model.modules():
+            if hasattr(module, "experts") and hasattr(module.experts, "gate_up_proj"):
+                module.experts = LoopExperts(module.experts, rank)
+        gc.collect()
+        torch.cuda.empty_cache()
+        own = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        resident = torch.cuda.memory_allocated() - own
+        return peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=ATTENTION)), resident
+    if base == "nf4":
+        quantize_experts(
+            model,
+            BnbExpertsConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            ),
+        )  # fmt: skip
+        gc.collect()
+        torch.cuda.empty_cache()
+    resident = torch.cuda.memory_allocated()
+    config: peft.PeftConfig
+    if name == "attention":
+        config = peft.LoraConfig(r=rank, target_modules=ATTENTION)
+    elif name == "peft":
+        experts = ["experts.gate_up_proj", "experts.down_proj"]
+        config = peft.LoraConfig(r=rank, target_modules=ATTENTION, target_parameters=experts)
+    else:
+        config = MoELoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ATTENTION)
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=name != "peft"), resident
+
+
+def measure(model: nn.Module, tokens: int, seconds: float, resident: int) -> dict[str, float]:
+    """Median tokens a second of forward and backward, and the peak above the base weights."""
+    ids = torch.randint(0, 151936, (1, tokens), device="cuda")
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model(input_ids=ids, labels=ids).loss.backward()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    step()
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < seconds and len(times) < 20):
+        times.append(step())
+    own = sum(
+        p.numel() * p.element_size() + p.grad.numel() * p.grad.element_size() for p in trainable if p.grad is not None
+    )
+    peak = torch.cuda.max_memory_allocated() - resident
+    for parameter in trainable:
+        parameter.grad = None
+    return {
+        "tokens_per_s": tokens / statistics.median(times), "base_gib": resident / GIB,
+        "adapters_and_gradients_gib": own / GIB, "peak_above_base_gib": peak / GIB,
+        "peak_above_base_and_adapters_gib": (peak - own) / GIB,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measure and print; with --out write the rows as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", choices=["bf16", "nf4"], default="nf4")
+    parser.add_argument("--contenders", nargs="+", default=["peft-moe", "loop"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[2048])
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/model.py needs a CUDA device with 80 GiB")
+    print(
+        f"{torch.cuda.get_device_name()}; torch {torch.__version__}, transformers {transformers.__version__}, peft "
+        f"{peft.__version__}, peft-moe {peft_moe.__version__}; {arguments.layers} layers, {arguments.base}, "
+        f"r={arguments.rank}"
+    )
+    rows = []
+    for name in arguments.contenders:
+        started = time.perf_counter()
+        model, resident = contender(name, arguments.base, arguments.layers, arguments.rank)
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        built = time.perf_counter() - started
+        for tokens in arguments.tokens:
+            row: dict[str, float | str | int] = {"contender": name, "base": arguments.base, "tokens": tokens}
+            row |= {key: round(value, 3) for key, value in measure(model, tokens, arguments.seconds, resident).items()}
+            rows.append(row)
+            print(f"{json.dumps(row)}  (built in {built:.0f} s)", flush=True)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps({"machine": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
