@@ -3,13 +3,14 @@
 # make test-v4    the same suite on transformers 4
 # make lint       ruff and mypy
 # make docs       the documentation, into site/
-# make bench      the benchmarks listed in benchmarks/README.md
+# make bench      one block of experts against its peers; the other benchmarks: benchmarks/README.md
 # make clean      remove the environments and everything built
 #
 # PYTHON     the interpreter the environments are made from; the pinned set needs 3.11 or newer
 # PIP_ARGS   options for pip install, for example an index with CPU-only builds of torch
 # PYTEST     options for pytest, for example PYTEST='-k merge -x'
 # DEMO       options for the demo, for example DEMO='--steps 100'
+# BENCH      options for the benchmark, for example BENCH='--tokens 512 4096'
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -20,6 +21,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST ?=
 DEMO ?=
+BENCH ?=
 WORKERS ?= 2
 EXTRAS := test,cli
 
@@ -75,7 +77,7 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.installed
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	$(BIN)/python benchmarks/block.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) $(VENV_V4) site quickstart_out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -3,9 +3,9 @@
     python benchmarks/model.py --base nf4 --contenders peft-moe loop
     python benchmarks/model.py --base bf16 --contenders attention peft peft-moe --tokens 2048 8192
 
-Batch 1, gradient checkpointing, forward and backward. Contenders: `peft-moe` (experts and attention), `peft` (the same by
-stock PEFT, 16-bit bases only), `attention` (LoRA on attention alone over the frozen experts as the base runs them) and
-`loop` (a Python loop over the routed experts, each three `Linear4bit` with its own LoRA: what a list of experts costs).
+Batch 1, gradient checkpointing, forward and backward. Contenders: `peft-moe` (experts and attention), `peft` (the same
+by stock PEFT, 16-bit bases only), `attention` (LoRA on attention alone over the frozen experts as the base runs them) and
+`loop` (a Python loop over the routed experts, each three `Linear4bit` with its own LoRA).
 Resident is what base, adapters and their gradients take; peak is the most memory allocated above the base weights.
 """
 
@@ -110,7 +110,12 @@ def contender(name: str, base: str, layers: int, rank: int) -> tuple[nn.Module, 
         torch.cuda.empty_cache()
         own = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         resident = torch.cuda.memory_allocated() - own
-        return peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=ATTENTION)), resident
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=ATTENTION))
+        for module in adapted.modules():
+            if isinstance(module, Expert4bit):  # PEFT froze what it does not know
+                module.a.requires_grad_(True)
+                module.b.requires_grad_(True)
+        return adapted, resident
     if base == "nf4":
         quantize_experts(
             model,

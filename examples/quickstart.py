@@ -256,7 +256,7 @@ def load_model(source: str, device: str) -> Any:
     """Read a causal language model, in the dtype it was saved in, as any user would."""
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # not there, not a model, or not one that transformers knows
         sys.exit(f"--model {source}: cannot be read. Expected a folder with a saved model, or a hub id.\n{error}")
 
 

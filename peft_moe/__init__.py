@@ -4,6 +4,7 @@ Importing this package registers the tuner type `MOELORA` with PEFT and the meth
 transformers, and changes nothing else.
 """
 
+from .checkpoint.packed import packed_config
 from .config import MoELoraConfig
 from .layer import MoELoraLayer
 from .model import MoELoraModel
@@ -12,7 +13,15 @@ from .quantize import loader as _loader
 from .registration import register
 
 __version__ = "0.1.0"
-__all__ = ["BnbExpertsConfig", "MoELoraConfig", "MoELoraLayer", "MoELoraModel", "__version__", "quantize_experts"]
+__all__ = [
+    "BnbExpertsConfig",
+    "MoELoraConfig",
+    "MoELoraLayer",
+    "MoELoraModel",
+    "__version__",
+    "packed_config",
+    "quantize_experts",
+]
 
 register(MoELoraConfig, MoELoraModel)
 _loader.register()

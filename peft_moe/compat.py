@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import mapping
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import (
@@ -24,19 +25,36 @@ from peft.tuners.tuners_utils import (
 from peft.utils import hotswap
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers.quantizers import auto as quantizer_registry
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.utils.quantization_config import QuantizationMethod
+
+try:
+    from transformers import core_model_loading
+    from transformers.conversion_mapping import get_model_conversion_mapping
+except ImportError:  # transformers 4 converts no weights
+    core_model_loading = get_model_conversion_mapping = None  # type: ignore[assignment]
 
 __all__ = [
     "BaseTunerLayer",
+    "Bnb4BitHfQuantizer",
+    "Bnb8BitHfQuantizer",
     "ExcludedModule",
     "LoraLayer",
+    "LoraLinear",
     "LoraModel",
+    "QuantizationMethod",
     "RegistryTable",
     "add_enum_member",
     "check_adapters_to_merge",
     "check_target_module_exists",
+    "core_model_loading",
+    "get_model_conversion_mapping",
     "get_pattern_key",
     "onload",
     "peft_tables",
+    "quantizer_registry",
 ]
 
 ExcludedModule = _ExcludedModule

@@ -8,8 +8,7 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-from .weights import open_modules
-from .weights.fp8 import FP8Weight
+from .weights.fp8 import FP8Weight, open_fp8_modules
 from .weights.grid import FLOAT8
 
 
@@ -38,27 +37,26 @@ def is_fp8_linear(module: Any) -> bool:
 class FP8LoraLinear(Linear):
     """PEFT's LoRA of a linear, on FP8: merged in fp32 and requantized once; `unmerge` restores all bytes."""
 
+    _base_bytes: Any = None
+
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device | None, torch.dtype | None]:
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         return device, torch.bfloat16 if dtype in FLOAT8 else dtype  # adapters in FP8 would be noise
 
-    def _store(self) -> FP8Weight | None:
-        base = self.get_base_layer()
-        if not is_fp8_linear(base):
-            return None
-        store = open_modules([[base]], (1, base.out_features, base.in_features), "a linear with LoRA")
-        assert isinstance(store, FP8Weight)
-        return store
+    def _store(self) -> FP8Weight:
+        base: Any = self.get_base_layer()
+        return open_fp8_modules([[base]], (1, base.out_features, base.in_features), "a linear with LoRA")
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """See PEFT. Adapters merged before are merged anew together with these."""
-        store, base = self._store(), self.get_base_layer()
-        if store is None:
+        base = self.get_base_layer()
+        if not is_fp8_linear(base):  # decompressed since
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
             return
+        store = self._store()
         if not self.merged_adapters:
-            self._base_bytes: Any = store.snapshot()
+            self._base_bytes = store.snapshot()
         codes, before = base.weight, store.materialize(None, torch.float32)[0]
         try:
             base.weight = nn.Parameter(before.clone(), requires_grad=False)
@@ -70,9 +68,9 @@ class FP8LoraLinear(Linear):
 
     def unmerge(self) -> None:
         """See PEFT; the codes and scales of before, byte for byte."""
-        store = self._store()
-        if store is None or not self.merged:
+        if not self.merged or self._base_bytes is None:
             super().unmerge()
             return
-        store.restore(self._base_bytes)
+        self._store().restore(self._base_bytes)
+        self._base_bytes = None
         self.merged_adapters.clear()

@@ -192,6 +192,8 @@ class MoELoraModel(LoraModel):
             self._linear_bytes: dict[str, Any] = {}
         for name, layer in self._stock_layers():
             weight = getattr(layer.get_base_layer(), "weight", None)
+            if isinstance(layer, FP8LoraLinear):
+                continue  # keeps codes and scales itself
             if isinstance(weight, Tensor) and not layer.merged and name not in self._linear_bytes:
                 self._linear_bytes[name] = saved_linear(layer.get_base_layer())
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)

@@ -292,11 +292,38 @@ def test_sparsemixer():
     assert found == "scores jitter_eps training top_k", moved("phimoe's sparsemixer", found, "its four arguments")
 
 
+# --- quantizers ----------------------------------------------------------------------------------------------------
+
+
+def test_bitsandbytes_quantizers():
+    from peft_moe.compat import Bnb4BitHfQuantizer, Bnb8BitHfQuantizer, quantizer_registry
+
+    hooks = ["param_needs_quantization", "get_modules_to_not_convert", "_process_model_before_weight_loading"]
+    hooks += ["_process_model_after_weight_loading", "_convert_model_for_quantization", "is_serializable"]
+    five, four = ["get_quantize_ops", "update_weight_conversions"], ["create_quantized_param", "get_param_name"]
+    hooks += ["_dequantize", *(five if ON_V5 else four)]
+    for quantizer in (Bnb4BitHfQuantizer, Bnb8BitHfQuantizer):
+        missing = [name for name in hooks if not hasattr(quantizer, name)]
+        assert not missing, moved(quantizer.__name__, str(missing), "the hooks that peft_moe.quantize overrides")
+    for table in ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"):
+        assert isinstance(getattr(quantizer_registry, table), dict)
+
+
+@pytest.mark.skipif(not ON_V5, reason="transformers 4 converts no weights")
+def test_weight_conversions():
+    from peft_moe.compat import core_model_loading
+
+    source = inspect.getsource(core_model_loading)
+    for name in ("_weight_conversions", "_original_source_patterns", "quantization_operation", "class PrefixChange"):
+        assert name in source, moved("transformers.core_model_loading", "", name)
+
+
 # --- nothing private elsewhere -------------------------------------------------------------------------------------
 
 # Without an underscore and documented, or checked above.
 PUBLIC = {
     "peft": None,
+    "transformers": {"AutoConfig", "BitsAndBytesConfig", "PreTrainedModel"},
     "peft.tuners.tuners_utils": {"BaseTunerLayer"},
     "peft.utils": {"SAFETENSORS_WEIGHTS_NAME"},
     "peft.utils.merge_utils": {"dare_linear", "dare_ties", "magnitude_prune", "task_arithmetic", "ties"},

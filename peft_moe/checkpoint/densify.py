@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
+from ..compat import LoraLinear
 from ..layouts import find_experts
 from ..linears import is_fp8_linear
 from ..weights import is_packed_linear, open_modules, open_stacked

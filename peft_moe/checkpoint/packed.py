@@ -180,14 +180,21 @@ class _PackedQuantizer(HfQuantizer):
                 parameter.requires_grad_(False)
         return model
 
+    def _is_missing(self, name: str, parameter: torch.Tensor) -> bool:
+        """Whether no key of the file filled a parameter: transformers 4 lists them, 5 marks those that are filled."""
+        listed = getattr(self, "_missing", None)
+        return not getattr(parameter, "_is_hf_initialized", False) if listed is None else name in listed
+
     def _settle_scales(self, model: Any) -> None:
         """Scales that no key of the file filled hold anything: they go, and what is FP8 without one is looked for."""
         for name, parameter in list(model.named_parameters()):
-            leaf = name.rpartition(".")[2]
-            if not leaf.endswith(("_scale_inv", "_scale")):
-                continue
-            if name in self._missing if hasattr(self, "_missing") else not getattr(parameter, "_is_hf_initialized", False):
-                delattr(model.get_submodule(name.rpartition(".")[0]), leaf)
+            owner, _, leaf = name.rpartition(".")
+            if leaf.endswith(("_scale_inv", "_scale", "_scales", "_blocks")) and self._is_missing(name, parameter):
+                if leaf.endswith(("_scales", "_blocks")):
+                    raise ValueError(
+                        f"{model.config._name_or_path}: {name} is missing, without which the rest is noise"
+                    )
+                delattr(model.get_submodule(owner), leaf)
         drop_unused_scales(model)  # of layers that are 16-bit in this checkpoint
         recover_scales(model)
 

@@ -75,18 +75,20 @@ class PackedLinear(nn.Linear):
 
 
 class PackedExperts:
-    """Mixed into the class of an experts module. Its forward is that of the class, on weights built for the call."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        with dense_weights(self, hidden.dtype):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+    """Mixed into the class of an experts module, whose forward then runs on weights built for the call."""
 
 
 @functools.cache
-def _packed_class(cls: type) -> type:
+def _packed_class(cls: Any) -> type:
+    @functools.wraps(cls.forward)  # layouts look at the signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        with dense_weights(self, hidden.dtype):
+            return cls.forward(self, *args, **kwargs)
+
     # The same name and module: layouts and quantizers know classes by them.
-    return type(cls.__name__, (PackedExperts, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "forward": forward}
+    return type(cls.__name__, (PackedExperts, cls), names)
 
 
 def pack_experts(module: nn.Module, tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -102,7 +104,8 @@ def pack_experts(module: nn.Module, tensors: dict[str, dict[str, Tensor]]) -> No
             module.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
     setattr(module, PLAIN, plain)
     module._is_hf_initialized = True  # type: ignore[assignment]  # nothing here that could be initialised
-    module.__class__ = _packed_class(type(module))
+    cls: Any = type(module)
+    module.__class__ = _packed_class(cls)
 
 
 def is_packed_experts(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 
 from ..layouts import find_experts
 from ..weights.built import split_path
-from ..weights.fp8 import FP8Piece, find_scale, scale_names
+from ..weights.fp8 import FP8Piece, find_scale, has_float8, scale_names
 from ..weights.grid import E8M0, FLOAT8
 from .files import read_shapes
 
@@ -104,13 +104,15 @@ def missing_scales(model: nn.Module) -> list[FP8Piece]:
         for projection in spec.projections:
             for part in projection.parts:
                 owner, weight = split_path(base, part.path)
+                if not has_float8([getattr(owner, weight, None)]):
+                    continue
                 where = f"{name}.{part.path}"
                 pieces.append(FP8Piece(owner, weight, where, slice(None), transposed=part.transposed))
                 pieces[-1].halves = "gate_up" in weight and not part.transposed
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and has_float8([module.weight]):
             pieces.append(FP8Piece(module, "weight", f"{name}.weight", slice(None), expert=0))
-    lacking = [one for one in pieces if one.packed and find_scale(one.module, one.weight) is None]
+    lacking = [one for one in pieces if find_scale(one.module, one.weight) is None]
     return sorted(lacking, key=lambda one: "experts" not in one.where)  # those matter most to whoever reads of it
 
 
@@ -178,14 +180,16 @@ def _from_experts(
     keys = [[f"{stacked}.{expert}.{leaf}.weight{suffix}" for leaf in leaves] for expert in range(experts)]
     found = [[next(iter(_spellings(checkpoint, key, tried if e == 0 else [])), None) for key in row]
              for e, row in enumerate(keys)]  # fmt: skip
-    flat = [(want, have) for wanted, got in zip(keys, found, strict=True) for want, have in zip(wanted, got, strict=True)]
+    flat = [
+        (want, have) for wanted, got in zip(keys, found, strict=True) for want, have in zip(wanted, got, strict=True)
+    ]
     if all(have is None for _, have in flat):
         return None
     lacking = [want for want, have in flat if have is None]
     if lacking:
         raise ValueError(
-            f"{checkpoint.path} has scales for some of the {experts} experts of {piece.where} only: {', '.join(lacking[:3])}"
-            f"{' and others' if len(lacking) > 3 else ''} are missing"
+            f"{checkpoint.path} has scales for some of the {experts} experts of {piece.where} only: "
+            f"{', '.join(lacking[:3])}{' and others' if len(lacking) > 3 else ''} are missing"
         )
     rows = []
     for got in found:
@@ -196,7 +200,9 @@ def _from_experts(
             raise ValueError(f"{got}: the scales of one expert differ in kind: {[tuple(one.shape) for one in scales]}")
         rows.append(_cat(scales))
     if len({row.shape for row in rows}) > 1:
-        raise ValueError(f"{piece.where}: the scales of its experts differ in shape: {sorted({row.shape for row in rows})}")
+        raise ValueError(
+            f"{piece.where}: the scales of its experts differ in shape: {sorted({row.shape for row in rows})}"
+        )
     stack = torch.stack([row.view(_bytes(row)) for row in rows]).view(rows[0].dtype)
     return stack.transpose(1, 2).contiguous() if piece.transposed else stack
 

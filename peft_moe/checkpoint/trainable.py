@@ -27,7 +27,8 @@ def prepare(model: nn.Module) -> None:
     quantizer: Any = getattr(model, "hf_quantizer", None)
     method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
     if str(getattr(method, "value", method)) in ("fp8", "mxfp4") and not quantizer.is_trainable:
-        quantizer.__class__ = _trainable(type(quantizer))
+        cls: Any = type(quantizer)
+        quantizer.__class__ = _trainable(cls)
 
 
 def _differentiates(linear: Any) -> bool:

@@ -194,9 +194,17 @@ def _plain_fp8_gate(base: Any) -> bool:
 
 def _mxfp4(base: Any) -> ExpertsSpec:
     """GPT-OSS with packed FP4 experts: gate and up interleaved, biases, `(out, in)`."""
+    if not isinstance(getattr(base, "gate_up_proj_blocks", getattr(base, "gate_up_proj", None)), Tensor):
+        return ExpertsSpec(
+            0, (), None,
+            refused="its MXFP4 weights lie in the layout of a kernel; load the checkpoint with "
+            "`config=peft_moe.packed_config(path)`, which keeps them as blocks and scales",
+        )  # fmt: skip
     up, down = _quantized_sizes(base, "gate_up_proj"), _quantized_sizes(base, "down_proj")
     parts = {name: (Part(name, transposed=True),) for name in ("gate_up_proj", "down_proj")}
-    scattered = "routing_weights" in inspect.signature(type(base).forward).parameters
+    is_interface = all(hasattr(base, flag) for flag in _INTERFACE_FLAGS)
+    arguments = inspect.signature(type(base).forward).parameters
+    scattered = not is_interface and not {"routing_weights", "routing_data"}.isdisjoint(arguments)  # transformers 4
     return ExpertsSpec(
         num_experts=up[0],
         projections=(
@@ -257,6 +265,7 @@ def describe_stacked(name: str, module: nn.Module) -> ExpertsSpec | None:
     kind = type(module).__name__
     if kind in _REFUSED:
         return ExpertsSpec(0, (), None, refused=_REFUSED[kind])
+    spec: ExpertsSpec | None
     if kind in _QUANTIZED:
         spec = _QUANTIZED[kind](module)
     else:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
-from transformers.utils.quantization_config import QuantizationMethod
+
+from ..compat import QuantizationMethod
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 QUANT_TYPES = ("nf4", "fp4")

@@ -8,10 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-try:
-    from transformers import core_model_loading as loading
-except ImportError:  # transformers 4 has none
-    loading = None  # type: ignore[assignment]
+from ..compat import core_model_loading as loading
+from ..compat import get_model_conversion_mapping
 
 _Operation: Any = object if loading is None else loading.ConversionOps
 
@@ -121,8 +119,6 @@ def keep_stacked(model: Any, names: Sequence[str]) -> None:
         return
     found = getattr(model, "_weight_conversions", None)
     if found is None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
         found = get_model_conversion_mapping(model, add_legacy=False)
         # As transformers does for a model that was not loaded: nothing tells whether a checkpoint had the prefix.
         found = [one for one in found if not isinstance(one, loading.PrefixChange)]

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.quantizers import auto
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
+from ..compat import Bnb4BitHfQuantizer, Bnb8BitHfQuantizer
+from ..compat import quantizer_registry as auto
 from ..weights.bnb_codes import library
 from ..weights.bnb_records import RECORDS, find_record, install, record_from, statistics_names, uninstall
 from ..weights.built import split_path

@@ -1,4 +1,4 @@
-"""FP8 and MXFP4 models made by hand, with their dense twins: every formula here is written in float64 and on its own."""
+"""FP8 models made by hand, with their dense twins: every formula is written in float64 and on its own."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def encode_stack(
 
 
 def fp8_linear(linear: nn.Linear, block: tuple[int, int] = (32, 32)) -> nn.Linear:
-    """An FP8 linear as transformers holds it, with the weight of a plain one, which becomes what the codes stand for."""
+    """An FP8 linear as transformers holds it, of a plain one whose weight becomes what the codes stand for."""
     codes, scales, values = encode(linear.weight.data, block)
     linear.weight.data.copy_(values)
     new = copy.deepcopy(linear)
@@ -117,7 +117,7 @@ def fp8_stacked(
 
     dense = ENTRIES[name].build()
     quantized = copy.deepcopy(dense)
-    for path, module in list(quantized.named_modules()):
+    for path, _ in list(quantized.named_modules()):
         if not path.endswith(".experts"):
             continue
         twin: Any = dense.get_submodule(path)

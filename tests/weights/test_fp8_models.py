@@ -192,3 +192,21 @@ def test_bfloat16_model_computes_in_bfloat16() -> None:
     write_deltas(adapter_factors(model, twin), SCALING)
     with torch.no_grad():
         assert relative(first_floating(model(**inputs)), first_floating(twin(**inputs))) < 0.05
+
+
+@pytest.mark.skipif(not V5, reason="stacks are those of transformers 5")
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_merge_into_16_bits_gives_the_own_class_back(name: str) -> None:
+    """`FP8Experts` is no 16-bit module: the model's own experts take its place, in all layers."""
+    base, twin = fp8_stacked(name)
+    inputs = text(base)
+    kinds = [type(module).__name__ for module in twin.modules()]
+    model = get_peft_model(base, config(layers_to_transform=[1], layers_pattern="layers"))
+    write_deltas(adapter_factors(model, twin), SCALING)
+    merged = model.merge_and_unload(dtype=torch.float32)
+    assert [type(module).__name__ for module in merged.modules()] == kinds
+    assert {key: value.shape for key, value in merged.named_parameters()} == {
+        key: value.shape for key, value in twin.named_parameters()
+    }
+    with torch.no_grad():
+        assert relative(first_floating(merged(**inputs)), first_floating(twin(**inputs))) < CLOSE

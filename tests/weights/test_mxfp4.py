@@ -163,7 +163,12 @@ def write_gpt_oss(folder: Path) -> Any:
     content = json.loads(path.read_text())
     content["quantization_config"] = {
         "quant_method": "mxfp4",
-        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
     }
     path.write_text(json.dumps(content))
     return twin
@@ -188,6 +193,16 @@ def test_gpt_oss_stays_packed(tmp_path: Path) -> None:
     assert set(before) == set(after) and all(torch.equal(before[key], after[key]) for key in before)
     saved = json.loads((tmp_path / "again" / "config.json").read_text())
     assert saved["quantization_config"]["quant_method"] == "mxfp4"
+
+
+@pytest.mark.parametrize("lost", ["scales", "blocks"])
+def test_a_checkpoint_that_lacks_something_raises(lost: str, tmp_path: Path) -> None:
+    write_gpt_oss(tmp_path)
+    tensors = read(tmp_path)
+    del tensors[f"model.layers.1.mlp.experts.down_proj_{lost}"]
+    save_shards(tensors, tmp_path)
+    with pytest.raises(ValueError, match=f"layers.1.mlp.experts.down_proj_{lost} is missing"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])
@@ -235,3 +250,75 @@ def test_gpt_oss_merges_into_16_bits(tmp_path: Path) -> None:
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         assert relative(first_floating(stock.eval()(**inputs)), expected) < 2e-5
+
+
+@pytest.mark.skipif(not V5, reason="`FP8Experts` is a class of transformers 5")
+def test_fp4_in_fp8_experts() -> None:
+    """DeepSeek-V4's `expert_dtype="fp4"`: int8 stacks whose shape is half of what they hold."""
+    from transformers.integrations.finegrained_fp8 import FP8Experts
+
+    twin: Any = ENTRIES["qwen3_moe"].build()
+    settings = copy.deepcopy(twin.config)
+    settings.moe_intermediate_size = 96
+    twin = type(twin)(settings)
+    from tests.zoo.builder import reinitialise
+
+    reinitialise(twin)
+    twin = twin.float().eval()
+    model = copy.deepcopy(twin)
+    for layer, other in zip(model.model.layers, twin.model.layers, strict=True):
+        experts = FP8Experts(settings, block_size=(1, 32), expert_dtype="fp4", scale_fmt="ue8m0")
+        for name in ("gate_up_proj", "down_proj"):
+            dense = getattr(other.mlp.experts, name)
+            blocks, scales, exact = pack(dense.data)
+            dense.data.copy_(exact)
+            flat = blocks.reshape(*exact.shape[:2], -1).view(torch.int8)
+            setattr(experts, name, nn.Parameter(flat, requires_grad=False))
+            setattr(
+                experts,
+                f"{name}_scale_inv",
+                nn.Parameter(scales.view(torch.float8_e8m0fnu), requires_grad=False),
+            )
+        layer.mlp.experts = experts
+    adapted = get_peft_model(model, config())
+    assert all(isinstance(store, MXFP4Weight) for layer in experts_of(adapted) for store in layer.stores.values())
+    inputs = ENTRIES["qwen3_moe"].inputs(twin)
+    with torch.no_grad(), adapted.disable_adapter():
+        assert relative(first_floating(adapted(**inputs)), first_floating(twin(**inputs))) < 2e-5
+    write_deltas(adapter_factors(adapted, twin), 2.0)
+    with torch.no_grad():
+        assert relative(first_floating(adapted(**inputs)), first_floating(twin(**inputs))) < 2e-5
+
+
+def test_the_block_of_stock_mxfp4_does_not_pass_the_adapter_by() -> None:
+    """transformers 5 calls its kernels through `forward_routed`, unless the experts say that they are hooked."""
+    twin: Any = ENTRIES["gpt_oss"].build()
+    block = twin.model.layers[0].mlp
+    type_of = type(block.experts)
+
+    class Routed(type_of):  # type: ignore[misc, valid-type]
+        def forward_routed(self, *args: Any) -> Tensor:
+            raise AssertionError("the adapter was passed by")
+
+    Routed.__name__ = type_of.__name__
+    block.experts.__class__ = Routed
+    model = get_peft_model(twin, config())
+    assert experts_of(model)[0]._is_hooked is True
+
+
+def test_weights_in_the_layout_of_a_kernel_are_refused() -> None:
+    class Mxfp4GptOssExperts(nn.Module):
+        """As transformers leaves it on a GPU: no parameters, but the kernel's own tensors."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj, self.down_proj = _Wrapped(), _Wrapped()
+
+        def forward(self, hidden_states: Tensor, routing_data: Any) -> Tensor:
+            return hidden_states
+
+    model: Any = ENTRIES["gpt_oss"].build()
+    for layer in model.model.layers:
+        layer.mlp.experts = Mxfp4GptOssExperts()
+    with pytest.raises(ValueError, match=r"mlp\.experts .*layout of a kernel.*packed_config"):
+        get_peft_model(model, config())

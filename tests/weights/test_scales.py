@@ -115,7 +115,9 @@ def test_keys_are_looked_at_before_they_are_trusted(wrong: str, tmp_path: Path) 
 
     rewrite(tmp_path, change)
     before = set(dict(model.named_parameters()))
-    with pytest.raises(ValueError, match=r"does not fit|differ in shape|expected a scale in a floating dtype|not finite"):
+    with pytest.raises(
+        ValueError, match=r"does not fit|differ in shape|expected a scale in a floating dtype|not finite"
+    ):
         recover_scales(model, str(tmp_path))
     assert set(dict(model.named_parameters())) == before
 
@@ -180,7 +182,9 @@ def test_layers_in_16_bit_by_design(tmp_path: Path) -> None:
 
 def test_loading_a_checkpoint_without_its_scales_raises(tmp_path: Path) -> None:
     write_fp8(ENTRIES[NAME].build(), tmp_path)
-    rewrite(tmp_path, lambda tensors: {k: v for k, v in tensors.items() if "layers.1.self_attn.q_proj.weight_s" not in k})
+    rewrite(
+        tmp_path, lambda tensors: {k: v for k, v in tensors.items() if "layers.1.self_attn.q_proj.weight_s" not in k}
+    )
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj\.weight is .*without a scale"):
         load(tmp_path)
     rewrite(tmp_path, lambda tensors: {k: v for k, v in tensors.items() if "scale" not in k})

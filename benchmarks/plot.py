@@ -1,0 +1,65 @@
+"""Draw time and memory of an experts block against the number of tokens.
+
+python benchmarks/block.py --out block.json && python benchmarks/plot.py block.json docs/block.png
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+LABELS = {
+    "frozen": "transformers, frozen, no LoRA", "peft": "PEFT target_parameters", "peft-moe": "peft-moe",
+    "peft-moe:grouped_mm": "peft-moe without its kernels",
+}  # fmt: skip
+STYLES = {
+    "frozen": ("0.45", "--"), "peft": ("#c44e52", "-"), "peft-moe": ("#1f6fb4", "-"),
+    "peft-moe:grouped_mm": ("#8db8de", "-"),
+}  # fmt: skip
+
+
+def floor_ms(tokens: int, experts: int = 128, top_k: int = 8, width: int = 2048, inner: int = 768) -> float:
+    """The least an H200 can take: its products at 790 TFLOP/s, or the weights read twice at 4.3 TB/s."""
+    weights = 3 * width * inner
+    flops, moved = 2 * 2 * tokens * top_k * weights, 2 * 2 * experts * weights
+    return 1e3 * max(flops / 790e12, moved / 4.3e12)
+
+
+def main(source: Path, target: Path) -> None:
+    """Read the rows that `block.py --out` wrote, write a PNG."""
+    data = json.loads(source.read_text())
+    series = defaultdict(list)
+    for row in data["rows"]:
+        series[row["contender"]].append((row["tokens"], row["ms"], row["peak_mib"]))
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(10, 4.4), constrained_layout=True)
+    for name, points in series.items():
+        tokens, milliseconds, peak = zip(*sorted(points), strict=True)
+        color, style = STYLES.get(name, ("0.2", ":"))
+        time.plot(tokens, milliseconds, style, color=color, marker="o", markersize=4, label=LABELS.get(name, name))
+        memory.plot(tokens, peak, style, color=color, marker="o", markersize=4)
+    ticks = sorted({row["tokens"] for row in data["rows"]})
+    time.plot(ticks, [floor_ms(tick) for tick in ticks], ":", color="black", label="floor")
+    for axis, title, unit in ((time, "Forward and backward", "ms"), (memory, "Peak above the weights", "MiB")):
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.set_xlabel("tokens")
+        axis.set_ylabel(unit)
+        axis.set_title(title)
+        axis.grid(True, which="major", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.suptitle(f"One experts block of Qwen3-30B-A3B, bf16, r=16, {data['machine']}")
+    figure.savefig(target, dpi=130)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
