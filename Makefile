@@ -23,7 +23,7 @@ PYTEST ?=
 DEMO ?=
 BENCH ?=
 WORKERS ?= 2
-EXTRAS := test,cli
+EXTRAS := test,cli,bnb,triton
 
 VENV := .venv
 VENV_V4 := .venv-v4

@@ -3,10 +3,12 @@
     python benchmarks/model.py --base nf4 --contenders peft-moe loop
     python benchmarks/model.py --base bf16 --contenders attention peft peft-moe --tokens 2048 8192
 
-Batch 1, gradient checkpointing, forward and backward. Contenders: `peft-moe` (experts and attention), `peft` (the same
-by stock PEFT, 16-bit bases only), `attention` (LoRA on attention alone over the frozen experts as the base runs them) and
-`loop` (a Python loop over the routed experts, each three `Linear4bit` with its own LoRA).
-Resident is what base, adapters and their gradients take; peak is the most memory allocated above the base weights.
+Batch 1, gradient checkpointing, forward and backward. Peak is the most memory allocated above the base weights.
+
+    peft-moe     experts and attention
+    peft         the same by stock PEFT, 16-bit bases only
+    attention    LoRA on attention alone, frozen experts as the base runs them
+    loop         a Python loop over the routed experts, each three `Linear4bit` with its own LoRA
 """
 
 from __future__ import annotations

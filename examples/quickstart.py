@@ -13,9 +13,7 @@ To run steps 2 and 3 on a model and text of your own:
 
     python examples/quickstart.py --model PATH_OR_ID --data FILE.jsonl
 
-where every line of FILE.jsonl is an object with a field "text".
-
-Needs, besides peft-moe: matplotlib and rich.
+where every line of FILE.jsonl is an object with a field "text". Needs matplotlib and rich.
 """
 
 from __future__ import annotations

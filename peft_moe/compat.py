@@ -26,9 +26,11 @@ from peft.utils import hotswap
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.quantizers import auto as quantizer_registry
+from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
-from transformers.utils.quantization_config import QuantizationMethod
+from transformers.utils import cached_file
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 try:
     from transformers import core_model_loading
@@ -41,12 +43,15 @@ __all__ = [
     "Bnb4BitHfQuantizer",
     "Bnb8BitHfQuantizer",
     "ExcludedModule",
+    "HfQuantizer",
     "LoraLayer",
     "LoraLinear",
     "LoraModel",
+    "QuantizationConfigMixin",
     "QuantizationMethod",
     "RegistryTable",
     "add_enum_member",
+    "cached_file",
     "check_adapters_to_merge",
     "check_target_module_exists",
     "core_model_loading",

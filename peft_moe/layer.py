@@ -76,7 +76,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         self._disable_adapters = False
         self._base_bytes: dict[str, Any] = {}
         if hasattr(base_layer, "forward_routed"):
-            self._is_hooked = True  # the block of MXFP4 experts then calls `forward`, and not the base's kernels past it
+            self._is_hooked = True  # the block of MXFP4 experts then calls `forward`, not the base's kernels past it
         self._bindings: list[BlockForward | LinearHook] = []
         for store in self.stores.values():
             store.freeze()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
+from .compat import LoraLinear
 from .weights.fp8 import FP8Weight, open_fp8_modules
 from .weights.grid import FLOAT8
 
@@ -34,7 +34,7 @@ def is_fp8_linear(module: Any) -> bool:
     return isinstance(module, nn.Linear) and getattr(module.weight, "dtype", None) in FLOAT8
 
 
-class FP8LoraLinear(Linear):
+class FP8LoraLinear(LoraLinear):
     """PEFT's LoRA of a linear, on FP8: merged in fp32 and requantized once; `unmerge` restores all bytes."""
 
     _base_bytes: Any = None

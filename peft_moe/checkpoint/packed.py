@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig
-from transformers.quantizers import auto
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..compat import HfQuantizer, QuantizationConfigMixin, quantizer_registry
 from ..weights.grid import FLOAT8
 from .packed_modules import PackedLinear, pack_experts
 from .scales import drop_unused_scales, recover_scales
@@ -278,6 +276,6 @@ def _is_3d(tensor: Any) -> bool:
 
 def _register() -> None:
     for name, quantizer in ((FP8, PackedFP8Quantizer), (MXFP4, PackedMXFP4Quantizer)):
-        if name not in auto.AUTO_QUANTIZER_MAPPING:
-            auto.register_quantization_config(name)(PackedConfig)
-            auto.register_quantizer(name)(quantizer)
+        if name not in quantizer_registry.AUTO_QUANTIZER_MAPPING:
+            quantizer_registry.register_quantization_config(name)(PackedConfig)
+            quantizer_registry.register_quantizer(name)(quantizer)

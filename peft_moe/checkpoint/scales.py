@@ -17,8 +17,8 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.utils import cached_file
 
+from ..compat import cached_file
 from ..layouts import find_experts
 from ..weights.built import split_path
 from ..weights.fp8 import FP8Piece, find_scale, has_float8, scale_names

@@ -210,3 +210,25 @@ def test_merge_into_16_bits_gives_the_own_class_back(name: str) -> None:
     }
     with torch.no_grad():
         assert relative(first_floating(merged(**inputs)), first_floating(twin(**inputs))) < CLOSE
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name in ("stack", "list")])
+def test_nothing_of_the_size_of_the_weights_is_kept_for_backward(name: str) -> None:
+    base, _ = MODELS[name]()
+    model = get_peft_model(base, config())
+    stores = _stores(model)
+    smallest = min(store.shape[0] * store.shape[1] * store.shape[2] for store in stores)
+    kept: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return tensor
+
+    layer = experts_of(model)[0]
+    hidden = torch.randn(8, stores[0].shape[2], requires_grad=True)
+    index = torch.stack([torch.arange(8) % 4, (torch.arange(8) + 1) % 4], dim=1)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = layer.run_experts(hidden, index, torch.full((8, 2), 0.5))
+    assert kept and max(kept) < smallest / 2
+    out.sum().backward()
+    assert hidden.grad is not None and hidden.grad.abs().sum() > 0

@@ -4,8 +4,8 @@
 
 A program computes a tile of rows of one expert and a tile of columns. LoRA B is one more step of the base product's
 accumulation. With few rows an expert, where launches count, LoRA A rides along in the loop over K; with many, its
-narrow tile would slow the matrix units more than a pass of its own over the input costs. Which expert a program works for
-follows from the offsets on the device: nothing waits for the host.
+narrow tile would slow the matrix units more than a pass of its own over the input costs. Which expert a program works
+for follows from the offsets on the device: nothing waits for the host.
 """
 
 from __future__ import annotations
