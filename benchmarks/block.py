@@ -3,8 +3,8 @@
     python benchmarks/block.py                    # Qwen3-30B-A3B's block, on the GPU (tiny sizes on a CPU)
     python benchmarks/block.py --tokens 512 4096  --repeats 30
 
-Contenders: `frozen` (transformers' grouped experts, no adapter), `peft` (stock PEFT, `target_parameters`), `peft-moe`
-and `peft-moe:BACKEND`. Times are medians of CUDA events; peak is the most memory allocated above the resident weights.
+Contenders: `frozen` (transformers' grouped experts, no adapter), `peft` (stock PEFT, `target_parameters`), `peft-moe`,
+`peft-moe:BACKEND`, and `peft-moe@nf4`, `peft-moe@fp8` on quantized experts. Times are medians of CUDA events; peak is the most memory allocated above the resident weights.
 Ratios count: absolute times hold for one machine.
 """
 
@@ -26,7 +26,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import peft_moe
-from peft_moe import MoELoraConfig
+from peft_moe import BnbExpertsConfig, MoELoraConfig, quantize_experts
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,39 @@ class Block(nn.Module):
         return self.experts(x, index, weights)
 
 
+def quantize(block: Block, base: str, shape: Shape, device: torch.device) -> None:
+    """Store the experts in NF4 with double quantization, or as FP8 in blocks of 128 x 128."""
+    if base == "nf4":
+        quantize_experts(
+            block,
+            BnbExpertsConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            ),
+        )  # fmt: skip
+        return
+    from transformers.integrations.finegrained_fp8 import FP8Experts
+
+    dense = block.experts
+    with torch.device(device):
+        block.experts = FP8Experts(block.config, block_size=(128, 128))
+    for name in ("gate_up_proj", "down_proj"):
+        weight = getattr(dense, name).data.float()
+        experts, rows, cols = weight.shape
+        blocks = weight.view(experts, rows // 128, 128, cols // 128, 128)
+        scale = blocks.abs().amax(dim=(2, 4)) / 448
+        codes = (blocks / scale[:, :, None, :, None]).view_as(weight).to(torch.float8_e4m3fn)
+        getattr(block.experts, name).data = codes
+        getattr(block.experts, f"{name}_scale_inv").data = scale
+
+
 def contender(name: str, shape: Shape, rank: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The block with the adapter of one contender."""
     torch.manual_seed(0)
     block = Block(shape, device, dtype)
+    name, _, base = name.partition("@")
+    if base:
+        quantize(block, base, shape, device)
     if name == "frozen":
         return block
     if name == "peft":

@@ -378,4 +378,6 @@ class MoELoraLayer(nn.Module, LoraLayer):
 
     def extra_repr(self) -> str:
         kind = "grouped" if self.spec.one_by_one is False else "one by one"
-        return f"{self.spec.num_experts} experts, {kind}, backend={self.backend}, adapters={list(self.adapters)}"
+        stores = "".join(f"\n{name}: {store!r}" for name, store in self.stores.items())
+        adapters = ", ".join(self.adapters)
+        return f"{self.spec.num_experts} experts, {kind}, backend={self.backend}, adapters: {adapters}{stores}"

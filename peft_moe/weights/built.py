@@ -42,6 +42,9 @@ class Piece(Protocol):
     def dequantize(self, experts: Sequence[int] | slice, wide: torch.dtype) -> Tensor:
         """`(E', rows, cols)` in fp32 or fp64, as stored: not transposed."""
 
+    def dequantize_into(self, out: Tensor) -> bool:
+        """Write the weights of all experts into `(E, rows, cols)` by a kernel of their own; False: there is none."""
+
     def densify(self, dtype: torch.dtype) -> None:
         """Replace the stored tensors by one plain parameter."""
 
@@ -146,6 +149,8 @@ class BuiltWeight:
             if piece.expert is not None:
                 for position in places.get(piece.expert, ()):
                     target[position] = piece.dequantize([0], wide)[0]
+                continue
+            if everything and piece.dequantize_into(target):
                 continue
             for chunk in chunks(len(experts), piece.elements):
                 target[chunk] = piece.dequantize(chunk if everything else list(experts[chunk]), wide)

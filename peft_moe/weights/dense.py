@@ -44,6 +44,9 @@ class _Dense:
     packed = False
     keep_built = False
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype})"
+
     def _tensors(self) -> list[Tensor]:
         raise NotImplementedError
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ class FP8Piece:
     transposed: bool = False
     halves: bool = False
     _grids: dict[Any, Grid] = field(default_factory=dict, repr=False)
+    _indices: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def tensor(self) -> Tensor:
@@ -175,6 +177,23 @@ class FP8Piece:
         scales = self.scales()
         scales = scales if scales.shape[0] == 1 else _take(scales, experts)
         return self.grid().scale_(values, decode_scale(scales).to(wide))
+
+    def dequantize_into(self, out: Tensor) -> bool:
+        """One pass over the codes where the GPU converts FP8: `out (E, rows, cols)` gets all experts."""
+        codes = self.codes
+        if not self.packed or out.dtype == torch.float64 or find_spec("triton") is None or codes.device.type != "cuda":
+            return False
+        from ..ops.triton.dequantize import dequantize_blocks, runs_on
+
+        if not runs_on(codes.device) or not codes.is_contiguous():
+            return False
+        grid = self.grid()
+        key = ("row index", codes.device)
+        if key not in self._indices:
+            self._indices[key] = grid.row_index(codes.device).to(torch.int32)
+        scales = decode_scale(self.scales()).float().contiguous()
+        dequantize_blocks(codes, scales, self._indices[key], grid.block_cols, out)
+        return True
 
     def requantize(self, experts: list[int], delta: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor | None, Change]:
         """New codes and scales of some experts after `delta (E', rows, cols)`, and what rounding did. Writes nothing.

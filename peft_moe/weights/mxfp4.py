@@ -96,6 +96,10 @@ class _Piece4:
         values.mul_(decode_scale(scales).to(wide).unsqueeze(-1))
         return values.view(*scales.shape[:2], -1)
 
+    def dequantize_into(self, out: Tensor) -> bool:
+        """There is no kernel for FP4 yet."""
+        return False
+
     def densify(self, dtype: torch.dtype) -> None:
         count = self.parameters[0].shape[0]
         parts = [self.dequantize(chunk, torch.float32).to(dtype) for chunk in chunks(count, self.elements)]

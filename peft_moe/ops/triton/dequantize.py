@@ -1,0 +1,49 @@
+"""FP8 codes times their scales into 16 bits in one pass: every byte is read and written once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _dequantize_kernel(
+    codes, scales, row_index, out,
+    rows, cols, out_expert, out_row, out_col, scale_expert, scale_row, block_cols,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row_mask, column_mask = row < rows, column < cols
+    mask = row_mask[:, None] & column_mask[None, :]
+    values = tl.load(codes + (expert * rows + row[:, None]) * cols + column[None, :], mask=mask, other=0.0)
+    block = tl.load(row_index + row, mask=row_mask, other=0)
+    at = scales + expert * scale_expert + block[:, None] * scale_row + (column // block_cols)[None, :]
+    factor = tl.load(at, mask=mask, other=0.0)
+    place = out + expert * out_expert + row[:, None].to(tl.int64) * out_row + column[None, :] * out_col
+    tl.store(place, (values.to(tl.float32) * factor).to(out.dtype.element_ty), mask=mask)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the GPU converts FP8 in hardware."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def dequantize_blocks(codes: Tensor, scales: Tensor, row_index: Tensor, block_cols: int, out: Tensor) -> Tensor:
+    """`out[e, n, k] = codes[e, n, k] * scales[e, row_index[n], k // block_cols]`, rounded once.
+
+    Args:
+        codes: contiguous `(E, N, K)` FP8. scales: `(E or 1, r, c)` fp32 with unit last stride. row_index: `(N,)` int32.
+        block_cols: columns of one scale. out: `(E, N, K)` 16 or 32 bits, any strides.
+    """
+    experts, rows, cols = codes.shape
+    tile_rows, tile_cols = 16, min(512, triton.next_power_of_2(cols))
+    _dequantize_kernel[triton.cdiv(cols, tile_cols), triton.cdiv(rows, tile_rows), experts](
+        codes, scales, row_index, out,
+        rows, cols, *out.stride(), scales.stride(0) if scales.shape[0] > 1 else 0, scales.stride(1), block_cols,
+        ROWS=tile_rows, COLUMNS=tile_cols, num_warps=8,
+    )  # fmt: skip
+    return out
