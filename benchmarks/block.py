@@ -4,8 +4,8 @@
     python benchmarks/block.py --tokens 512 4096  --repeats 30
 
 Contenders: `frozen` (transformers' grouped experts, no adapter), `peft` (stock PEFT, `target_parameters`), `peft-moe`,
-`peft-moe:BACKEND`, and `peft-moe@nf4`, `peft-moe@fp8` on quantized experts. Times are medians of CUDA events; peak is the most memory allocated above the resident weights.
-Ratios count: absolute times hold for one machine.
+`peft-moe:BACKEND`, and `peft-moe@nf4`, `peft-moe@fp8` on quantized experts. Times are medians of CUDA events; peak is
+the most memory allocated above the resident weights. Ratios count: absolute times hold for one machine.
 """
 
 from __future__ import annotations

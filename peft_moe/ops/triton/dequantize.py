@@ -27,6 +27,29 @@ def _dequantize_kernel(
     tl.store(place, (values.to(tl.float32) * factor).to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _dequantize_rows_kernel(
+    codes, scales, row_index, out,
+    rows, cols, out_expert, out_row, out_col, scale_expert, scale_row,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Whole blocks of columns: one scale a row and step, instead of one an element."""
+    expert = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = row < rows
+    steps = tl.arange(0, BLOCK)
+    scale_at = scales + expert * scale_expert + tl.load(row_index + row, mask=row_mask, other=0) * scale_row
+    code_at = codes + (expert * rows + row[:, None]) * cols + steps[None, :]
+    out_at = out + expert * out_expert + row[:, None].to(tl.int64) * out_row + steps[None, :] * out_col
+    for _ in range(0, cols, BLOCK):
+        values = tl.load(code_at, mask=row_mask[:, None], other=0.0).to(tl.float32)
+        factor = tl.load(scale_at, mask=row_mask, other=0.0)
+        tl.store(out_at, (values * factor[:, None]).to(out.dtype.element_ty), mask=row_mask[:, None])
+        code_at += BLOCK
+        out_at += BLOCK * out_col
+        scale_at += 1
+
+
 def runs_on(device: torch.device) -> bool:
     """Whether the GPU converts FP8 in hardware."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
@@ -40,10 +63,18 @@ def dequantize_blocks(codes: Tensor, scales: Tensor, row_index: Tensor, block_co
         block_cols: columns of one scale. out: `(E, N, K)` 16 or 32 bits, any strides.
     """
     experts, rows, cols = codes.shape
+    scale_expert = scales.stride(0) if scales.shape[0] > 1 else 0
+    if block_cols in (32, 64, 128, 256) and cols % block_cols == 0:
+        tile_rows = 4096 // block_cols
+        _dequantize_rows_kernel[triton.cdiv(rows, tile_rows), experts](
+            codes, scales, row_index, out, rows, cols, *out.stride(), scale_expert, scales.stride(1),
+            ROWS=tile_rows, BLOCK=block_cols, num_warps=8,
+        )  # fmt: skip
+        return out
     tile_rows, tile_cols = 16, min(512, triton.next_power_of_2(cols))
     _dequantize_kernel[triton.cdiv(cols, tile_cols), triton.cdiv(rows, tile_rows), experts](
         codes, scales, row_index, out,
-        rows, cols, *out.stride(), scales.stride(0) if scales.shape[0] > 1 else 0, scales.stride(1), block_cols,
+        rows, cols, *out.stride(), scale_expert, scales.stride(1), block_cols,
         ROWS=tile_rows, COLUMNS=tile_cols, num_warps=8,
     )  # fmt: skip
     return out
