@@ -179,13 +179,14 @@ def load(way: str, folder: Path, small: Path) -> dict[str, float | str | None]:
     seconds = time.perf_counter() - began
     peak = largest()
     gc.collect()
-    resident = memory("VmRSS")
+    resident, own_resident = memory("VmRSS"), memory("RssAnon")
     tensors = {id(tensor): tensor for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor)}
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     stored = next(iter(model.model.layers[0].mlp.experts.parameters())).dtype
     found: dict[str, float | str | None] = {
         "way": way, "experts_stored_as": str(stored).removeprefix("torch."), "weights": weights / MIB,
         "resident": None if resident is None else (resident - start) / MIB,
+        "own_resident": None if own is None or own_resident is None else (own_resident - own) / MIB,
         "peak": None if peak == before else (peak - start) / MIB,  # else it was reached earlier and says nothing
         "own_peak": None if own is None or watch.most is None else (watch.most - own) / MIB, "seconds": seconds,
     }  # fmt: skip
