@@ -3,14 +3,19 @@
     python benchmarks/loading.py
     python benchmarks/loading.py --layers 24 --hidden 1024 --ways nf4 fp8-packed
 
-Columns, all above what the process held after it had loaded a tiny model in the same way:
+Columns, in MiB, all above what the process held after it had loaded a tiny model in the same way:
 
-    weights     bytes of the model's state dict, statistics of quantized weights included
-    resident    memory of the process after loading
-    peak        most memory of the process while loading (`ru_maxrss`), pages of mapped checkpoint files included
-    own peak    the same without pages of files, which the kernel takes back when memory is short (Linux: sampled)
-    own surplus by how much own peak exceeds weights
-    GPU         most that torch's allocator held, and holds after loading (with CUDA, where everything is loaded to)
+    weights        bytes of the model's state dict, statistics of quantized weights included
+    resident       memory of the process after loading, pages of checkpoint files that are mapped included
+    peak           the most while loading, likewise (`ru_maxrss`)
+    own resident   memory of the process after loading, without pages of files (Linux)
+    own peak       the most while loading, likewise, sampled: what a machine must have, since the kernel takes pages
+                   of files back when memory is short
+    above weights  by how much own peak exceeds weights
+    GPU            the most that torch's allocator held, and holds after loading (with CUDA, where all is loaded to)
+
+The processes run with MALLOC_MMAP_THRESHOLD_=262144, unless the variable is set already: otherwise glibc keeps much of
+what was freed, and memory shows how the heap is fragmented instead of what is held.
 """
 
 from __future__ import annotations
@@ -41,6 +46,7 @@ WAYS = {
     "fp8-plain": "FP8 file, plain",
 }
 BLOCK = 128
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "262144"}
 SMALL = {"layers": 1, "hidden": 128, "inner": 128, "experts": 4}
 
 
@@ -199,7 +205,7 @@ def load(way: str, folder: Path, small: Path) -> dict[str, float | str | None]:
 def child(*arguments: str) -> str:
     """Run this script in a new process; return the last line that it printed. Ends this one where that failed."""
     command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env={**ALLOCATOR, **os.environ})
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
     return done.stdout.strip().rpartition("\n")[2]
@@ -208,14 +214,16 @@ def child(*arguments: str) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     gpu = any("gpu_peak" in row for row in rows)
-    names = ["loaded", "experts stored as", "weights", "resident", "peak", "own peak", "own surplus", "seconds"]
-    lines = [[*names, "GPU peak", "GPU resident"] if gpu else names]
-    lines.append(["---"] * len(lines[0]))
+    names = ["loaded", "experts stored as", "weights", "resident", "peak", "own resident", "own peak", "above weights"]
+    names += ["seconds", *(["GPU peak", "GPU resident"] if gpu else [])]
+    lines = [names, ["---"] * len(names)]
     for row in rows:
         own = row["own_peak"]
-        numbers = [row["weights"], row["resident"], row["peak"], own, None if own is None else own - row["weights"]]
-        numbers += [row["seconds"], *([row["gpu_peak"], row["gpu_resident"]] if gpu else [])]
-        cells = ["–" if number is None else f"{number:.0f}" for number in numbers]
+        numbers = [row["weights"], row["resident"], row["peak"], row["own_resident"], own]
+        numbers.append(None if own is None else own - row["weights"])
+        cells = ["–" if number is None else f"{number:.0f}" for number in numbers] + [f"{row['seconds']:.1f}"]
+        if gpu:
+            cells += [f"{row['gpu_peak']:.0f}", f"{row['gpu_resident']:.0f}"]
         lines.append([WAYS[row["way"]], row["experts_stored_as"], *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
