@@ -165,7 +165,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--base-steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--width", type=int, default=10, help="steps that the smoothed curves average")
-    parser.add_argument("--text", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="folder of Python code")
+    parser.add_argument(
+        "--text", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="folder of Python code"
+    )
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--out", type=Path, help="file for the losses of all steps, JSON")
     arguments = parser.parse_args(argv)

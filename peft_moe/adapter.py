@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .compat import BaseTunerLayer
 from .layouts import ExpertsSpec, ProjectionSpec
 from .ops.backends import padded_rank
 from .settings import AdapterSettings
@@ -22,6 +22,7 @@ class ProjectionAdapter(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_magnitude_vector")
     other_param_names = ()
+    weight = bias = None  # the base's are with the layer that holds this module
 
     def __init__(self, merged_adapters: list[str]) -> None:
         nn.Module.__init__(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -186,13 +187,26 @@ class MoELoraConfig(LoraConfig):
             self.target_experts = [target for target in TARGETS if target in found]
 
     def _check_numbers(self) -> None:
-        self.expert_rank_pattern = dict(self.expert_rank_pattern or {})
-        self.expert_alpha_pattern = dict(self.expert_alpha_pattern or {})
-        ranks: dict[str, Any] = {"expert_r": self.expert_r}
-        ranks |= {f"expert_rank_pattern[{key!r}]": value for key, value in self.expert_rank_pattern.items()}
+        for option in ("expert_rank_pattern", "expert_alpha_pattern"):
+            found = getattr(self, option) or {}
+            pairs = found.items() if isinstance(found, dict) else found
+            if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
+                _fail(option, found, "is not a dict of pattern to value")
+            setattr(self, option, dict(pairs))
+        ranks: dict[str, Any] = {"r": self.r, "expert_r": self.expert_r}
+        rank_pattern, alpha_pattern = self.expert_rank_pattern or {}, self.expert_alpha_pattern or {}
+        ranks |= {f"expert_rank_pattern[{key!r}]": value for key, value in rank_pattern.items()}
         for option, rank in ranks.items():
             if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0):
                 _fail(option, rank, "is not a positive integer")
+        alphas: dict[str, Any] = {"expert_alpha": self.expert_alpha}
+        alphas |= {f"expert_alpha_pattern[{key!r}]": value for key, value in alpha_pattern.items()}
+        for option, alpha in alphas.items():
+            if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))):
+                _fail(option, alpha, "is not a number")
+        split: Any = self.split_gate_up
+        if not isinstance(split, bool):
+            _fail("split_gate_up", split, "is neither True nor False")
         for option in ("expert_rank_pattern", "expert_alpha_pattern"):
             for pattern in getattr(self, option):
                 try:
@@ -204,13 +218,17 @@ class MoELoraConfig(LoraConfig):
         if self.expert_indices is None:
             return
         if isinstance(self.expert_indices, dict):  # JSON has only string keys
+            if not all(str(key).isdecimal() for key in self.expert_indices):
+                _fail("expert_indices", self.expert_indices, "has keys that are no layer numbers")
             by_layer = {int(key): self._indices(value) for key, value in self.expert_indices.items()}
             self.expert_indices = dict(sorted(by_layer.items()))
         else:
             self.expert_indices = self._indices(self.expert_indices)
 
     def _indices(self, values: Any) -> list[int]:
-        indices = sorted(int(value) for value in values)
+        if isinstance(values, str) or not isinstance(values, Iterable) or any(type(one) is not int for one in values):
+            _fail("expert_indices", values, "is neither a list of integers nor a dict of layer to such a list")
+        indices = sorted(values)
         if len(set(indices)) < len(indices):
             _fail("expert_indices", list(values), "names an expert twice")
         if indices and indices[0] < 0:

@@ -15,13 +15,6 @@ from torch import Tensor
 from .settings import AdapterSettings
 from .weights import ExpertWeight
 
-DECOMPOSING = ("pissa", "olora")  # start from the base weight and leave its residual in the base
-
-
-def decomposes(init: bool | str) -> bool:
-    """Whether an initialisation takes its part out of the base weight."""
-    return isinstance(init, str) and init.lower().startswith(DECOMPOSING)
-
 
 def fill(a: Tensor, b: Tensor, init: bool | str, ranks: Sequence[int], name: str) -> None:
     """Fill A `(E', r, in)` and B `(E', out, r)` in place; what is beyond an expert's rank stays zero.

@@ -15,7 +15,7 @@ from .compat import LoraLayer, check_adapters_to_merge, onload
 from .config import MoELoraConfig
 from .layouts import ExpertsSpec, ProjectionSpec
 from .ops.grouped import log_once
-from .settings import AdapterSettings, nominal_scaling, resolve
+from .settings import AdapterSettings, decomposes, nominal_scaling, resolve
 from .weights import ExpertWeight, ModuleStack, open_modules, open_stacked
 
 
@@ -173,7 +173,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         Raises `ValueError` for what the config asks and this module cannot give; the layer is then unchanged.
         """
         settings = resolve(config, self.spec, self.name)
-        if initialisation.decomposes(config.init_lora_weights) and self.merged_adapters:
+        if decomposes(config.init_lora_weights) and self.merged_adapters:
             raise ValueError(f"{self.name}: unmerge before adding an adapter that starts from the base weights")
         parameters = {
             slot: found
@@ -216,7 +216,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
             b = torch.zeros(1 if settings.shares(projection, "B") else len(experts), out_features, settings.rank)
             magnitudes = torch.zeros(len(experts), out_features) if settings.use_dora else None
             if store.device.type != "meta":
-                if initialisation.decomposes(init):  # also where values come later: the base becomes the residual
+                if decomposes(init):  # also where values come later: the base becomes the residual
                     initialisation.take_out(store, experts, rows, a, b, str(init), settings, nominal, where)
                 elif not awaits_values:
                     initialisation.fill(a, b, init, settings.ranks, where)
@@ -320,19 +320,20 @@ class MoELoraLayer(nn.Module, LoraLayer):
             if already:
                 merging.add_deltas(self, self.merged_adapters)
             raise
-        if self.keep_base and not self._base_bytes:
+        if not self._base_bytes:
             self._base_bytes = {name: store.snapshot() for name, store in self.stores.items()}
         try:
             merging.add_deltas(self, names)
         except BaseException:
             # One projection may be merged already: take it back, and what was merged before with it goes in again.
-            if self._base_bytes:
-                self._restore_base()
-                if already:
-                    merging.add_deltas(self, self.merged_adapters)
-                else:
-                    self._base_bytes = {}
+            self._restore_base()
+            if already:
+                merging.add_deltas(self, self.merged_adapters)
+            else:
+                self._base_bytes = {}
             raise
+        if not self.keep_base:
+            self._base_bytes = {}
         self.merged_adapters[:] = names
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -349,6 +350,8 @@ class MoELoraLayer(nn.Module, LoraLayer):
         """Put the base's own bytes back."""
         if not self.merged_adapters:
             return
+        if not self._base_bytes:
+            raise RuntimeError(f"{self.name}: its base weights were not kept when adapters were merged to be unloaded")
         self._restore_base()
         self._base_bytes = {}
         self.merged_adapters.clear()

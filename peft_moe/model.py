@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,7 @@ from .forward import check_mixed_batch
 from .layer import MoELoraLayer
 from .layouts import ExpertsSpec, find_experts
 from .linears import FP8LoraLinear, check_options, is_fp8_linear
+from .ops.grouped import log_once
 from .settings import adapted_experts, check_against_model, layer_number, resolve, targeted_projections
 from .weights import is_packed_linear, put_linear, saved_linear
 
@@ -44,6 +47,8 @@ class MoELoraModel(LoraModel):
         config = self.peft_config[adapter_name] = weighting.adjusted(self, config)
         self._targets = self._find_targets(model, config)
         check_against_model(config, self._targets)
+        if config.expert_targets:
+            self._check_target_modules(model, config)
         if config.file_shapes is not None:  # read from a file whose tensors come next: they have to fit
             expected = {
                 key: shape
@@ -71,7 +76,7 @@ class MoELoraModel(LoraModel):
         if not found:
             raise ValueError(_no_experts(model))
         _check_layers(config, found)
-        targets = {}
+        targets: dict[str, ExpertsSpec] = {}
         for name, spec in found.items():
             if not self._asks_for(config, name):
                 continue
@@ -82,7 +87,41 @@ class MoELoraModel(LoraModel):
                 )
             if targeted_projections(config, spec) and adapted_experts(config, spec, name) != ():
                 targets[name] = spec
+        if not targets and config.expert_indices is not None:
+            raise ValueError(
+                f"MoELoraConfig: `expert_indices={config.expert_indices}` leaves no expert to adapt. Name experts, or "
+                "set `target_experts=[]` to adapt linears alone."
+            )
         return targets
+
+    def _check_target_modules(self, model: nn.Module, config: MoELoraConfig) -> None:
+        """Raise `ValueError` if `target_modules` names no linear at all, and say which of its entries name none.
+
+        PEFT looks only whether anything is adapted, which the experts always are. Names of an expert's own linears
+        are no mistake: whoever lists them wants the experts adapted.
+        """
+        wanted = config.target_modules
+        if not wanted or wanted == "all-linear" or config.file_shapes is not None:
+            return
+        outside = [
+            name
+            for name, _ in model.named_modules()
+            if name and not any(name == known or name.startswith(f"{known}.") for known in self._experts)
+        ]
+        if isinstance(wanted, str):
+            missing = [] if any(re.fullmatch(wanted, name) for name in outside) else [wanted]
+            entries = [wanted]
+        else:
+            entries = sorted(wanted)
+            missing = [one for one in entries if not any(n == one or n.endswith(f".{one}") for n in outside)]
+        missing = [one for one in missing if one.rpartition(".")[2] not in _OF_EXPERTS]
+        if missing and len(missing) == len(entries):
+            raise ValueError(
+                f"MoELoraConfig: `target_modules` matches no module outside the experts: {missing}. Name linears of "
+                "this model, or set `target_modules=[]` to adapt experts alone."
+            )
+        if missing:
+            log_once(f"target_modules: {missing} match no module of {type(model).__name__} outside its experts")
 
     def _asks_for(self, config: MoELoraConfig, name: str) -> bool:
         """Whether `exclude_modules`, `modules_to_save` and `layers_to_transform` leave an experts module in."""
@@ -104,7 +143,13 @@ class MoELoraModel(LoraModel):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
-            known = self.target_module_mapping.get(model_config.get("model_type"), ())
+            kind = model_config.get("model_type")
+            known = self.target_module_mapping.get(kind, ())
+            if not known:
+                log_once(
+                    f"target_modules is None and PEFT knows no usual projections of {kind}: the experts alone are "
+                    "adapted. Name the attention projections to adapt them too"
+                )
             peft_config.target_modules = known if isinstance(known, str) else set(known)
         return peft_config
 
@@ -196,7 +241,15 @@ class MoELoraModel(LoraModel):
                 continue  # keeps codes and scales itself
             if isinstance(weight, Tensor) and not layer.merged and name not in self._linear_bytes:
                 self._linear_bytes[name] = saved_linear(layer.get_base_layer())
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        first = not any(layer.merged for layer in self.expert_layers) and not any(
+            layer.merged for _, layer in self._stock_layers()
+        )
+        try:
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        except BaseException:
+            if first:
+                self.unmerge_adapter()  # the layers before the one that failed
+            raise
 
     def disable_adapter_layers(self) -> None:
         """See PEFT. What is merged is unmerged first, bit for bit: disabled means the base."""
@@ -224,7 +277,7 @@ class MoELoraModel(LoraModel):
         """See PEFT.
 
         Args: dtype: merge packed weights (bitsandbytes, FP8, MXFP4) into plain ones of this dtype, summed in fp32 and
-            rounded once, instead of requantizing them.
+            rounded once, instead of requantizing them. Weights that are not packed keep their dtype.
         """
         if dtype is None:
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
@@ -252,9 +305,14 @@ class MoELoraModel(LoraModel):
         layers = self.expert_layers
         for layer in layers:
             layer.keep_base = False
-        unloaded = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+        try:
+            unloaded = super()._unload_and_optionally_merge(
+                merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
+        except BaseException:
+            for layer in layers:
+                layer.keep_base, layer.dense_dtype = True, None
+            raise
         for layer in layers:
             layer.unbind()
         return unloaded
@@ -301,12 +359,20 @@ class MoELoraModel(LoraModel):
     ) -> None:
         """See PEFT; experts are combined as linears are, expert by expert."""
         if adapter_name in self.peft_config:
+            warnings.warn(f"There is an adapter {adapter_name!r} already: nothing was combined.", stacklevel=2)
             return
         plan = weighting.plan(self, adapters, weights, combination_type, **kwargs)
-        with weighting.in_progress(self, plan):
-            super().add_weighted_adapter(adapters, weights, adapter_name, combination_type=combination_type, **kwargs)
-        for layer in self.expert_layers:
-            weighting.combine(layer, adapter_name, plan)
+        try:
+            with weighting.in_progress(self, plan):
+                super().add_weighted_adapter(
+                    adapters, weights, adapter_name, combination_type=combination_type, **kwargs
+                )
+            for layer in self.expert_layers:
+                weighting.combine(layer, adapter_name, plan)
+        except BaseException:
+            if adapter_name in self.peft_config:
+                self.delete_adapter(adapter_name)
+            raise
 
     # --- state dicts -------------------------------------------------------------------------------------------------
 
@@ -350,6 +416,23 @@ def _check_samples(names: list[str], args: tuple[Any, ...], kwargs: dict[str, An
         raise ValueError(
             f"`adapter_names` has {len(names)} names, found a batch of {samples} samples; expected a name for each."
         )
+
+
+# Names of the linears of an expert, on some layout.
+_OF_EXPERTS = {
+    "experts",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "gate_up_proj",
+    "w1",
+    "w2",
+    "w3",
+    "fc1",
+    "fc2",
+    "wi",
+    "wo",
+}
 
 
 def _no_experts(model: nn.Module) -> str:

@@ -210,7 +210,14 @@ def check_against_model(config: MoELoraConfig, targets: dict[str, ExpertsSpec]) 
     Everything is checked here, before the first module is touched.
     """
     for name, spec in targets.items():
-        resolve(config, spec, name)
+        _check_start(config, spec, resolve(config, spec, name), name)
+        for option in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(config, option) or {}:
+                if _matches(pattern, name):
+                    raise ValueError(
+                        f"MoELoraConfig: `{option}` has the pattern {pattern!r}, which matches the experts {name}; it "
+                        f"holds on linears. Use `expert_{option}`, which matches names such as '{name}.0'."
+                    )
     keys = [f"{name}.{expert}" for name, spec in targets.items() for expert in range(spec.num_experts)]
     for option in ("expert_rank_pattern", "expert_alpha_pattern"):
         for pattern in getattr(config, option) or {}:
@@ -218,6 +225,28 @@ def check_against_model(config: MoELoraConfig, targets: dict[str, ExpertsSpec]) 
                 raise ValueError(
                     f"MoELoraConfig: `{option}` has the pattern {pattern!r}, which matches no expert; expected a regex "
                     f"of a name such as {keys[0] if keys else '<experts module>.<index>'!r}."
+                )
+
+
+def decomposes(init: bool | str) -> bool:
+    """Whether an initialisation starts from the base weight and leaves its residual there."""
+    return isinstance(init, str) and init.lower().startswith(("pissa", "olora"))
+
+
+def _check_start(config: MoELoraConfig, spec: ExpertsSpec, settings: AdapterSettings, name: str) -> None:
+    """Raise `ValueError` for ranks with which an initialisation cannot start."""
+    init = config.init_lora_weights
+    odd = sorted({rank for rank in settings.ranks if rank % 2})
+    if init == "orthogonal" and odd:
+        raise ValueError(f"{name}: orthogonal initialisation needs even ranks, found {odd}")
+    for projection in spec.projections:
+        for slot in settings.slots(projection) if projection.name in settings.projections else ():
+            rows = len(range(projection.out_features)[settings.slot_rows(projection, slot)])
+            if decomposes(init) and settings.rank > min(rows, projection.in_features):
+                raise ValueError(
+                    f"{name}.{slot}: init_lora_weights={init!r} needs a rank of at most "
+                    f"{min(rows, projection.in_features)} for weights of {rows} x {projection.in_features}, found "
+                    f"{settings.rank}"
                 )
 
 

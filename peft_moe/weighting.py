@@ -58,6 +58,12 @@ def plan(
     combination = "linear" if len(adapters) == 1 else combination
     if combination not in _COMBINATIONS:
         raise ValueError(f"Invalid combination_type: {combination}, expected one of {', '.join(_COMBINATIONS)}")
+    if len(weights) != len(adapters) or not adapters:
+        raise ValueError(
+            f"add_weighted_adapter: {len(adapters)} adapters and {len(weights)} weights; expected one weight each."
+        )
+    if any(word in combination for word in ("ties", "dare", "prune")) and options.get("density") is None:
+        raise ValueError(f"combination_type={combination!r} needs `density`, the share of values to keep.")
     having = [
         (layer, name, layer.adapters[name])
         for layer in model.expert_layers

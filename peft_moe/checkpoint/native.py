@@ -125,6 +125,39 @@ def check_linears(found: Mapping[str, Sequence[int]], model: nn.Module, config: 
                 f"adapter {adapter!r}: {key}: found shape {tuple(shape)}, expected {expected} (rank and sizes of this "
                 "model and of adapter_config.json). Nothing was loaded."
             )
+    _check_whole(found, modules, config, adapter)
+
+
+def _check_whole(
+    found: Mapping[str, Sequence[int]], modules: Mapping[str, nn.Module], config: LoraConfig, adapter: str
+) -> None:
+    """Raise `ValueError` for a factor without its other half, a saved module that is missing, or an unknown tensor."""
+    keys = {full_key(key) for key in found}
+    missing = []
+    for key in keys:
+        for one, other in ((".lora_A.", ".lora_B."), (".lora_B.", ".lora_A.")):
+            if one in key and key.replace(one, other) not in keys:
+                missing.append(key.replace(one, other))
+    for saved in config.modules_to_save or ():
+        if not any(f".{saved}." in f".{key.removeprefix(PREFIX)}" for key in keys):
+            missing.append(f"{saved} (of `modules_to_save`)")
+    extra = [key for key in keys - expert_keys(keys) if not _has_owner(key, modules)]
+    if missing or extra:
+        parts = [f"missing {_some(sorted(missing))}"] if missing else []
+        parts += [f"not used by this model {_some(sorted(extra))}"] if extra else []
+        raise ValueError(
+            f"adapter {adapter!r}: its tensors do not fit the model: {'; '.join(parts)}. Nothing was loaded."
+        )
+
+
+def _has_owner(key: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a module of the model, or one above it but the root, could take a tensor of this name."""
+    path = key.removeprefix(PREFIX)
+    while "." in path:
+        path = path.rpartition(".")[0]
+        if path in modules:
+            return True
+    return False
 
 
 def _some(keys: Sequence[str], limit: int = 4) -> str:

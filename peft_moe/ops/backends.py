@@ -34,6 +34,11 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, rank: int, 
     if requested == "triton":
         if find_spec("triton") is None:
             raise ValueError("experts_backend='triton' needs the package triton: pip install 'peft-moe[triton]'")
+        if not triton_runs(device, dtype):
+            raise ValueError(
+                f"experts_backend='triton' cannot run on {device} with {dtype}; expected a GPU and 16-bit weights. Use "
+                "'auto'."
+            )
         return "triton"
     if requested != "auto":
         return requested

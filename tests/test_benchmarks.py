@@ -1,0 +1,85 @@
+"""The benchmarks about quantized bases, in small: they run, and what they print is what they measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("bitsandbytes")
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SIZES = {"layers": 2, "hidden": 128, "inner": 128, "experts": 4}
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    threads = torch.get_num_threads()
+    (tmp_path / "text").mkdir()
+    source = "\n".join(
+        f'def double_{i}(x):\n    """Return twice {i} times x."""\n    return 2 * {i} * x' for i in range(40)
+    )
+    (tmp_path / "text" / "some.py").write_text(source)
+    picture, losses = tmp_path / "curves.png", tmp_path / "losses.json"
+    arguments = [
+        "--steps",
+        "4",
+        "--base-steps",
+        "4",
+        "--batch-size",
+        "2",
+        "--width",
+        "2",
+        "--text",
+        str(tmp_path / "text"),
+    ]
+    rows = script("curves").main([*arguments, "--picture", str(picture), "--out", str(losses)])
+    torch.set_num_threads(threads)
+
+    found = {row["base"]: row for row in rows}
+    curves = json.loads(losses.read_text())
+    assert set(found) == set(curves) == {"bf16", "fp8", "int8", "nf4", "bf16, other seed"}
+    assert all(len(curve) == 4 for curve in curves.values())
+    assert found["bf16"]["largest"] == 0 and found["bf16, other seed"]["first"] == found["bf16"]["first"]
+    for name in ("fp8", "int8", "nf4"):
+        assert found[name]["final"] == pytest.approx(sum(curves[name][-2:]) / 2)
+        first = abs(curves[name][0] - curves["bf16"][0])  # before any update: the error of the storage alone
+        assert 0 < first <= found[name]["largest_step"] < 0.5, name
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert all(f"| {name} | {row['final']:.4f} |" in printed for name, row in found.items())
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_loading_in_this_process(kind: str, tmp_path: Path) -> None:
+    loading = script("loading")
+    for name in ("folder", "small"):
+        loading.write(tmp_path / name, SIZES if name == "folder" else loading.SMALL, fp8=kind == "fp8")
+    found = loading.load("fp8-packed" if kind == "fp8" else "bf16", tmp_path / "folder", tmp_path / "small")
+    assert found["experts_stored_as"] == ("float8_e4m3fn" if kind == "fp8" else "bfloat16")
+    linears = SIZES["layers"] * (4 + 3 * SIZES["experts"]) * 128 * 128
+    other = 2 * (2 * 1024 * 128 + 128) + SIZES["layers"] * 2 * (2 * 128 + 2 * 64 + SIZES["experts"] * 128)
+    scales = 4 * linears // 128**2 if kind == "fp8" else 0
+    assert found["weights"] == pytest.approx((linears * (1 if kind == "fp8" else 2) + other + scales) / 2**20)
+
+
+def test_loading_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))  # found also where the package is not installed
+    flags = [text for name, size in SIZES.items() for text in (f"--{name}", str(size))]
+    (row,) = script("loading").main([*flags, "--ways", "nf4"])
+    assert row["way"] == "nf4" and row["experts_stored_as"] == "uint8" and row["seconds"] > 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "bitsandbytes" in printed[0] and "2 layers of 4 experts" in printed[0]
+    assert printed[-1].startswith("| BnbExpertsConfig, nf4 | uint8 |") and f"| {row['weights']:.0f} |" in printed[-1]
