@@ -25,6 +25,7 @@ def script(name: str) -> ModuleType:
 
 
 def test_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "path", list(sys.path))
     threads = torch.get_num_threads()
     (tmp_path / "text").mkdir()

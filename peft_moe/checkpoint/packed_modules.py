@@ -108,11 +108,6 @@ def pack_experts(module: nn.Module, tensors: dict[str, dict[str, Tensor]]) -> No
     module.__class__ = _packed_class(cls)
 
 
-def is_packed_experts(module: nn.Module) -> bool:
-    """Whether `pack_experts` made this module."""
-    return isinstance(module, PackedExperts)
-
-
 def unpack_class(module: nn.Module) -> None:
     """Give an experts module, whose weights are plain again, its own class back."""
     if isinstance(module, PackedExperts):
