@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +13,12 @@ from torch import Tensor, nn
 from . import weighting
 from .checkpoint import densify, native, trainable
 from .compat import BaseTunerLayer, ExcludedModule, LoraLayer, LoraModel, check_target_module_exists
-from .config import MoELoraConfig
 from .forward import check_mixed_batch
 from .layer import MoELoraLayer
-from .layouts import ExpertsSpec, find_experts
 from .linears import FP8LoraLinear, check_options, is_fp8_linear
 from .ops.grouped import log_once
-from .settings import adapted_experts, check_against_model, layer_number, resolve, targeted_projections
+from .settings import check_against_model, resolve
+from .targets import all_experts, asks_for, check_target_modules, is_inside, targeted_experts
 from .weights import is_packed_linear, put_linear, saved_linear
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -45,10 +42,11 @@ class MoELoraModel(LoraModel):
         """See PEFT. Everything that can be wrong with the config is found before the first module is replaced."""
         config = self.peft_config[adapter_name]
         config = self.peft_config[adapter_name] = weighting.adjusted(self, config)
-        self._targets = self._find_targets(model, config)
+        self._experts = all_experts(model)
+        self._targets = targeted_experts(model, config, self._experts)
         check_against_model(config, self._targets)
         if config.expert_targets:
-            self._check_target_modules(model, config)
+            check_target_modules(model, config, self._experts)
         if config.file_shapes is not None:  # read from a file whose tensors come next: they have to fit
             expected = {
                 key: shape
@@ -62,81 +60,13 @@ class MoELoraModel(LoraModel):
             trainable.prepare(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
-    def _find_targets(self, model: nn.Module, config: MoELoraConfig) -> dict[str, ExpertsSpec]:
-        """Path -> spec of the experts that a config targets. Raises `ValueError` where they cannot be adapted."""
-        found = {name: module.spec for name, module in model.named_modules() if isinstance(module, MoELoraLayer)}
-        found |= {
-            name: spec
-            for name, spec in find_experts(model).items()
-            if not any(name == known or name.startswith(f"{known}.") for known in found)
-        }
-        self._experts = found
-        if not config.expert_targets:
-            return {}
-        if not found:
-            raise ValueError(_no_experts(model))
-        _check_layers(config, found)
-        targets: dict[str, ExpertsSpec] = {}
-        for name, spec in found.items():
-            if not self._asks_for(config, name):
-                continue
-            if spec.refused is not None:
-                raise ValueError(
-                    f"{name} ({type(model.get_submodule(name)).__name__}) cannot be adapted: {spec.refused}. Exclude "
-                    f"it with `exclude_modules`, or set `target_experts=[]`."
-                )
-            if targeted_projections(config, spec) and adapted_experts(config, spec, name) != ():
-                targets[name] = spec
-        if not targets and config.expert_indices is not None:
-            raise ValueError(
-                f"MoELoraConfig: `expert_indices={config.expert_indices}` leaves no expert to adapt. Name experts, or "
-                "set `target_experts=[]` to adapt linears alone."
-            )
-        return targets
-
-    def _check_target_modules(self, model: nn.Module, config: MoELoraConfig) -> None:
-        """Raise `ValueError` if `target_modules` names no linear at all, and say which of its entries name none.
-
-        PEFT looks only whether anything is adapted, which the experts always are. Names of an expert's own linears
-        are no mistake: whoever lists them wants the experts adapted.
-        """
-        wanted = config.target_modules
-        if not wanted or wanted == "all-linear" or config.file_shapes is not None:
-            return
-        outside = [
-            name
-            for name, _ in model.named_modules()
-            if name and not any(name == known or name.startswith(f"{known}.") for known in self._experts)
-        ]
-        if isinstance(wanted, str):
-            missing = [] if any(re.fullmatch(wanted, name) for name in outside) else [wanted]
-            entries = [wanted]
-        else:
-            entries = sorted(wanted)
-            missing = [one for one in entries if not any(n == one or n.endswith(f".{one}") for n in outside)]
-        missing = [one for one in missing if one.rpartition(".")[2] not in _OF_EXPERTS]
-        if missing and len(missing) == len(entries):
-            raise ValueError(
-                f"MoELoraConfig: `target_modules` matches no module outside the experts: {missing}. Name linears of "
-                "this model, or set `target_modules=[]` to adapt experts alone."
-            )
-        if missing:
-            log_once(f"target_modules: {missing} match no module of {type(model).__name__} outside its experts")
-
-    def _asks_for(self, config: MoELoraConfig, name: str) -> bool:
-        """Whether `exclude_modules`, `modules_to_save` and `layers_to_transform` leave an experts module in."""
-        own = copy.copy(config)
-        own.target_modules = {name.rpartition(".")[2]}  # a full name would go past `layers_to_transform`
-        found = check_target_module_exists(own, name)
-        return bool(found) and not isinstance(found, ExcludedModule)
-
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         if key in self._targets:
             return True
-        if any(key == name or key.startswith(f"{name}.") for name in self._experts):
+        if is_inside(key, self._experts):
             # The children of a list of experts may match `target_modules` too: they are adapted as experts or not
             # at all. Experts that are excluded are reported as such, so that PEFT does not warn of a vain exclusion.
-            return ExcludedModule() if key in self._experts and not self._asks_for(peft_config, key) else False
+            return ExcludedModule() if key in self._experts and not asks_for(peft_config, key) else False
         if not peft_config.target_modules:
             return False
         return check_target_module_exists(peft_config, key)
@@ -416,44 +346,3 @@ def _check_samples(names: list[str], args: tuple[Any, ...], kwargs: dict[str, An
         raise ValueError(
             f"`adapter_names` has {len(names)} names, found a batch of {samples} samples; expected a name for each."
         )
-
-
-# Names of the linears of an expert, on some layout.
-_OF_EXPERTS = {
-    "experts",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "gate_up_proj",
-    "w1",
-    "w2",
-    "w3",
-    "fc1",
-    "fc2",
-    "wi",
-    "wo",
-}
-
-
-def _no_experts(model: nn.Module) -> str:
-    names = [
-        name for name, _ in model.named_modules() if any(word in name.lower() for word in ("expert", "moe", "mlp"))
-    ]
-    near = ", ".join(names[:6]) or ", ".join(name for name, _ in list(model.named_modules())[1:7])
-    return (
-        f"{type(model).__name__} has no routed experts that peft-moe knows. Looked for stacked 3-D parameters "
-        "(gate_up_proj or up_proj with down_proj) and for lists of expert MLPs named `experts`; the nearest modules "
-        f"are {near}. Set `target_experts=[]` to adapt linears alone."
-    )
-
-
-def _check_layers(config: MoELoraConfig, experts: dict[str, ExpertsSpec]) -> None:
-    """Raise `ValueError` if `expert_indices` names a layer that has no experts."""
-    if isinstance(config.expert_indices, dict):
-        known = {layer_number(name) for name in experts}
-        unknown = sorted(set(config.expert_indices) - known)  # type: ignore[operator]
-        if unknown:
-            raise ValueError(
-                f"MoELoraConfig: `expert_indices` names layers {unknown}, which have no experts; expected layers among "
-                f"{sorted(number for number in known if number is not None)}."
-            )

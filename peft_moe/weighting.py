@@ -16,6 +16,7 @@ from .adapter import factors, slot_factors
 from .config import MoELoraConfig
 from .layouts import TARGETS, ProjectionSpec
 from .settings import layer_number
+from .targets import asks_for
 
 if TYPE_CHECKING:
     from .layer import MoELoraLayer
@@ -102,7 +103,7 @@ def plan(
     configs = [model.peft_config[name] for name in adapters]
     layers = _layers(configs) if configs else None
     for layer, name, _ in having:
-        if not model._asks_for(replace(configs[0], layers_to_transform=layers), layer.name):
+        if not asks_for(replace(configs[0], layers_to_transform=layers), layer.name):
             raise ValueError(
                 f"{layer.name}: adapter {name!r} is on these experts, and the new adapter takes its modules from the "
                 f"config of {adapters[0]!r}, which leaves them out (`exclude_modules`, `modules_to_save` or "

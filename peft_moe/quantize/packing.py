@@ -12,6 +12,7 @@ from ..weights.bnb_records import Int8State, PackedRecord
 from .config import PackSettings
 
 _NESTED_BLOCKSIZE = 256  # bitsandbytes' own, of scales
+_CPU_LIMIT = 2**20  # elements a call: bitsandbytes' quantizers for CPUs take ten and more bytes an element beside them
 
 
 def pack(values: Tensor, settings: PackSettings) -> tuple[nn.Parameter, PackedRecord]:
@@ -43,10 +44,15 @@ def pack(values: Tensor, settings: PackSettings) -> tuple[nn.Parameter, PackedRe
     return parameter, PackedRecord(state, settings.compute_dtype)
 
 
+def _limit(values: Tensor) -> int:
+    """Elements that one call of a quantizer may get."""
+    return min(bnb_codes.KERNEL_LIMIT, _CPU_LIMIT) if values.device.type == "cpu" else bnb_codes.KERNEL_LIMIT
+
+
 def _pack_blocks(values: Tensor, settings: PackSettings) -> tuple[Tensor, Any]:
     functions, size = bnb_codes.functional(), settings.blocksize
     kind = {"blocksize": size, "quant_type": settings.quant_type}
-    limit = bnb_codes.KERNEL_LIMIT // size * size
+    limit = _limit(values) // size * size
     if values.numel() <= limit:
         return functions.quantize_4bit(
             values, compress_statistics=settings.nested, quant_storage=settings.storage, **kind
@@ -65,7 +71,7 @@ def _pack_blocks(values: Tensor, settings: PackSettings) -> tuple[Tensor, Any]:
 
 def _pack_rows(values: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes and fp32 scales of `(rows, in)`, from fp16 values as bitsandbytes makes them."""
-    step = max(1, min(bnb_codes.KERNEL_LIMIT, 2**26) // values.shape[1])
+    step = max(1, min(_limit(values), 2**26) // values.shape[1])
     codes, scales = [], []
     for rows in values.split(step):
         found, largest, _ = bnb_codes.functional().int8_vectorwise_quant(rows.to(torch.float16, copy=True))

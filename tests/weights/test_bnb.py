@@ -348,3 +348,17 @@ def test_copies_are_independent_and_lost_attributes_come_back(kind: str) -> None
     assert torch.equal(open_(module).materialize(), wanted)
     module.to(torch.bfloat16 if KINDS[kind].storage == torch.uint8 else KINDS[kind].storage)  # casts no statistics
     assert torch.equal(open_(module).materialize(), wanted)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantizing_on_a_cpu_keeps_its_temporaries_small(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "int8_vectorwise_quant" if kind == "int8" else "quantize_4bit"
+    original, seen = getattr(F, name), []
+
+    def counted(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(first.numel())
+        return original(first, *args, **kwargs)
+
+    monkeypatch.setattr(F, name, counted)
+    pack(torch.randn(4, 512, 1024), KINDS[kind])
+    assert sum(seen) == 4 * 512 * 1024 and max(seen) <= 2**20
