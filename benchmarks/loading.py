@@ -11,8 +11,8 @@ Columns, in MiB, all above what the process held after it had loaded a tiny mode
     own resident   memory of the process after loading, without pages of files (Linux)
     own peak       the most while loading, likewise, sampled: what a machine must have, since the kernel takes pages
                    of files back when memory is short
-    above weights  by how much own peak exceeds weights
     GPU            the most that torch's allocator held, and holds after loading (with CUDA, where all is loaded to)
+    above weights  by how much own peak, or with CUDA the GPU's, exceeds weights
 
 The processes run with MALLOC_MMAP_THRESHOLD_=262144, unless the variable is set already: otherwise glibc keeps much of
 what was freed, and memory shows how the heap is fragmented instead of what is held.
@@ -218,9 +218,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     names += ["seconds", *(["GPU peak", "GPU resident"] if gpu else [])]
     lines = [names, ["---"] * len(names)]
     for row in rows:
-        own = row["own_peak"]
-        numbers = [row["weights"], row["resident"], row["peak"], row["own_resident"], own]
-        numbers.append(None if own is None else own - row["weights"])
+        peak = row["gpu_peak"] if gpu else row["own_peak"]
+        numbers = [row["weights"], row["resident"], row["peak"], row["own_resident"], row["own_peak"]]
+        numbers.append(None if peak is None else peak - row["weights"])
         cells = ["–" if number is None else f"{number:.0f}" for number in numbers] + [f"{row['seconds']:.1f}"]
         if gpu:
             cells += [f"{row['gpu_peak']:.0f}", f"{row['gpu_resident']:.0f}"]
