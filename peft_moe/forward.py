@@ -202,7 +202,7 @@ def _project(
             continue
         a, b = _factors(layer, name, projection)
         dropped = nn.functional.dropout(rows, settings.dropout, layer.training) if settings.dropout else rows
-        joined = join_and_pad([for_ops(a, b, settings, layer.spec, dtype)], layer.backend)
+        joined = join_and_pad([for_ops(a, b, settings, layer.spec, dtype)], backend)
         adapted = out + mask_rows(lora_linear(dropped, *joined, offsets, backend), routing.valid)
         if settings.use_dora:
             scale = _dora_scale(layer, name, projection, a, b)[routing.experts].to(dtype)

@@ -16,19 +16,8 @@ from .config import MoELoraConfig
 from .layouts import ExpertsSpec, ProjectionSpec
 from .ops.grouped import log_once
 from .settings import AdapterSettings, decomposes, nominal_scaling, resolve
-from .weights import ExpertWeight, ModuleStack, open_modules, open_stacked
-
-
-def open_store(base: nn.Module, spec: ExpertsSpec, projection: ProjectionSpec, name: str) -> ExpertWeight:
-    """The store of one projection's frozen weights. Raises `ValueError` for a storage this version cannot read."""
-    shape = (spec.num_experts, projection.out_features, projection.in_features)
-    if not spec.experts:
-        return open_stacked(base, [(part.path, part.transposed, part.flat) for part in projection.parts], shape, name)
-    linears = [
-        [base.get_submodule(f"{expert}.{part.path}".rstrip(".")) for part in projection.parts]
-        for expert in spec.experts
-    ]
-    return open_modules(linears, shape, name)
+from .stores import open_store
+from .weights import ModuleStack
 
 
 def _parameters_are_created_on_meta() -> bool:
@@ -209,7 +198,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         found = {}
         for slot in settings.slots(projection):
             rows, where = settings.slot_rows(projection, slot), f"{self.name}.{slot}"
-            out_features = len(range(projection.out_features)[rows])
+            out_features = settings.slot_out_features(projection, slot)
             a = torch.zeros(
                 1 if settings.shares(projection, "A") else len(experts), settings.rank, projection.in_features
             )

@@ -66,6 +66,10 @@ class AdapterSettings:
             return slice(None)
         return projection.gate_rows(up=slot == "up_proj")
 
+    def slot_out_features(self, projection: ProjectionSpec, slot: str) -> int:
+        """How many output rows a slot adapts."""
+        return len(range(projection.out_features)[self.slot_rows(projection, slot)])
+
     def adapted(self, num_experts: int) -> Sequence[int]:
         """The indices of the adapted experts."""
         return range(num_experts) if self.experts is None else self.experts
@@ -83,7 +87,7 @@ class AdapterSettings:
         `lora_B (sum of r, out)`; `lora_magnitude_vector (E', out)` with DoRA.
         """
         experts = len(self.adapted(num_experts))
-        out_features = len(range(projection.out_features)[self.slot_rows(projection, slot)])
+        out_features = self.slot_out_features(projection, slot)
         found: dict[str, tuple[int, ...]]
         if self.ragged:
             found = {
@@ -133,7 +137,11 @@ def layer_number(name: str) -> int | None:
 
 def nominal_scaling(config: MoELoraConfig) -> float:
     """`lora_alpha / r`, or over the square root of r: what the linears of the adapter scale by."""
-    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    return _scaling(config, config.lora_alpha, config.r)
+
+
+def _scaling(config: MoELoraConfig, alpha: float, rank: int) -> float:
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def adapted_experts(config: MoELoraConfig, spec: ExpertsSpec, name: str) -> tuple[int, ...] | None:
@@ -174,9 +182,7 @@ def resolve(config: MoELoraConfig, spec: ExpertsSpec, name: str) -> AdapterSetti
         ranks.append((config.expert_rank_pattern or {}).get(rank_key, config.expert_r or config.r))
         default_alpha = config.lora_alpha if config.expert_alpha is None else config.expert_alpha
         alphas.append((config.expert_alpha_pattern or {}).get(alpha_key, default_alpha))
-    scaling = [
-        alpha / (math.sqrt(rank) if config.use_rslora else rank) for alpha, rank in zip(alphas, ranks, strict=True)
-    ]
+    scaling = [_scaling(config, alpha, rank) for alpha, rank in zip(alphas, ranks, strict=True)]
     if config.share_experts and (len(set(ranks)) > 1 or experts is not None):
         raise ValueError(
             f"MoELoraConfig: `share_experts={config.share_experts!r}` needs one rank for all experts of {name}; "
@@ -241,7 +247,7 @@ def _check_start(config: MoELoraConfig, spec: ExpertsSpec, settings: AdapterSett
         raise ValueError(f"{name}: orthogonal initialisation needs even ranks, found {odd}")
     for projection in spec.projections:
         for slot in settings.slots(projection) if projection.name in settings.projections else ():
-            rows = len(range(projection.out_features)[settings.slot_rows(projection, slot)])
+            rows = settings.slot_out_features(projection, slot)
             if decomposes(init) and settings.rank > min(rows, projection.in_features):
                 raise ValueError(
                     f"{name}.{slot}: init_lora_weights={init!r} needs a rank of at most "

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..compat import LoraLinear
 from ..layouts import find_experts
 from ..linears import is_fp8_linear
-from ..weights import is_packed_linear, open_modules, open_stacked
+from ..stores import open_store
+from ..weights import is_packed_linear, open_modules
 from .packed_modules import unpack_class
 
 
@@ -34,15 +35,7 @@ def plain_experts(model: nn.Module, dtype: torch.dtype) -> None:
     for name, spec in find_experts(model).items():
         base = model.get_submodule(name)
         for projection in spec.projections:
-            shape = (spec.num_experts, projection.out_features, projection.in_features)
-            if spec.experts:
-                store: Any = open_modules(
-                    [[base.get_submodule(f"{e}.{p.path}".rstrip(".")) for p in projection.parts] for e in spec.experts],
-                    shape,
-                    name,
-                )
-            else:
-                store = open_stacked(base, [(p.path, p.transposed, p.flat) for p in projection.parts], shape, name)
+            store: Any = open_store(base, spec, projection, name)
             if store.packed:
                 store.densify(dtype)
     plain_linears(model, dtype)

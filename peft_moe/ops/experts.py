@@ -116,7 +116,8 @@ class _ExpertMLP(torch.autograd.Function):
         routing = Routing(order, source, inverse, experts, offsets, weights.shape[1], valid)
         row_weight = weights.reshape(-1)[order]
 
-        d_rows = run.gather(grads[0].to(x.dtype), source)  # before weighting
+        d_out = grads[0].to(x.dtype)
+        d_rows = run.gather(d_out, source)  # before weighting
         down_weight = ctx.build_down() if down_weight is None else down_weight
         # The transposed projection: B takes the place of A, A that of B.
         d_hidden, d_down_low = run.project(
@@ -138,7 +139,7 @@ class _ExpertMLP(torch.autograd.Function):
         del hidden
         if need_weights:
             if down_bias is not None:
-                dots = dots + (grads[0].to(x.dtype)[source] * down_bias[experts]).sum(dim=-1, dtype=dots.dtype)
+                dots = dots + (d_out[source] * down_bias[experts]).sum(dim=-1, dtype=dots.dtype)
             dots = mask_rows(dots.unsqueeze(-1), valid).squeeze(-1)
             d_weights = dots[inverse].view(weights.shape).to(weights.dtype)
         if ctx.needs_input_grad[5]:
