@@ -6,6 +6,7 @@ transformers, and changes nothing else.
 
 from .checkpoint.packed import packed_config
 from .config import MoELoraConfig
+from .grouped import disable_grouped_experts, enable_grouped_experts
 from .layer import MoELoraLayer
 from .model import MoELoraModel
 from .quantize import BnbExpertsConfig, quantize_experts
@@ -19,6 +20,8 @@ __all__ = [
     "MoELoraLayer",
     "MoELoraModel",
     "__version__",
+    "disable_grouped_experts",
+    "enable_grouped_experts",
     "packed_config",
     "quantize_experts",
 ]

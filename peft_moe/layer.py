@@ -17,7 +17,6 @@ from .layouts import ExpertsSpec, ProjectionSpec
 from .ops.grouped import log_once
 from .settings import AdapterSettings, decomposes, nominal_scaling, resolve
 from .stores import open_store
-from .weights import ModuleStack
 
 
 def _parameters_are_created_on_meta() -> bool:
@@ -97,8 +96,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         """House the weights of a list of experts now, not in the next call: it may be compiled, and could not."""
         if self._bindings and not self.spec.one_by_one:
             for store in self.stores.values():
-                if store.device.type != "meta":
-                    store.frozen()
+                store.prepare()
 
     # --- what PEFT's LoraModel looks at --------------------------------------------------------------------------
 
@@ -351,8 +349,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
             binding.remove()
         self._bindings = []
         for store in self.stores.values():
-            if isinstance(store, ModuleStack):
-                store.release()
+            store.release()
 
     # --- a list of experts is a list still -------------------------------------------------------------------------
 

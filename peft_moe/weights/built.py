@@ -33,6 +33,10 @@ class Piece(Protocol):
         """Weights of one expert."""
 
     @property
+    def source(self) -> tuple[Any, str]:
+        """The module that holds it, and its name there."""
+
+    @property
     def parameters(self) -> list[Tensor]:
         """The tensors of the base: the weight first, then its scale."""
 
@@ -72,6 +76,25 @@ def stated_dtype(module: Any) -> torch.dtype:
     return torch.bfloat16
 
 
+class JoinedHouse(Protocol):
+    """The tensors of a list of linears, housed in one: all experts are read at once."""
+
+    def joined(self) -> Any:
+        """All of them as one; `None` if they differ."""
+
+    def fill(self, out: Tensor) -> None:
+        """Write the weights that `joined` has just given into a contiguous `(E, out, in)`."""
+
+    def versions(self) -> list[int]:
+        """Changes when any of them is written to."""
+
+    def release(self) -> None:
+        """Give each tensor a storage of its own again."""
+
+    def abandon(self) -> None:
+        """Forget the storage, which others house anew."""
+
+
 class BuiltWeight:
     """The reading side of a packed store.
 
@@ -82,6 +105,8 @@ class BuiltWeight:
 
     Raises `ValueError` for a weight that cannot be read.
     """
+
+    house: JoinedHouse | None = None  # of a list of linears
 
     @property
     def packed(self) -> bool:
@@ -165,15 +190,28 @@ class BuiltWeight:
 
     def build(self) -> Tensor:
         """The whole stack in the compute dtype: in the shared workspace, or kept."""
-        self._check_devices()
-        wide = torch.promote_types(self.dtype, torch.float32)
+        joined = None if self.house is None else self.house.joined()
+        if joined is None:
+            self._check_devices()
         if not self.keep_built:
-            return self._fill(self._space(workspace.borrow), range(self.shape[0]), wide)
-        key = (self.dtype, *[(t.data_ptr(), t.dtype, t._version) for p in self.pieces for t in p.parameters])
+            return self._build_into(self._space(workspace.borrow), joined)
+        if joined is not None:
+            assert self.house is not None
+            key: tuple[Any, ...] = (self.dtype, joined, *self.house.versions())
+        else:
+            key = (self.dtype, *[(t.data_ptr(), t.dtype, t._version) for p in self.pieces for t in p.parameters])
         if self._kept is None or self._kept[0] != key:
             self._kept = None  # free it before the next one is made
-            self._kept = (key, self._fill(self._space(_empty), range(self.shape[0]), wide))
+            self._kept = (key, self._build_into(self._space(_empty), joined))
         return self._kept[1]
+
+    @torch.no_grad()
+    def _build_into(self, out: Tensor, joined: Any) -> Tensor:
+        if joined is None:
+            return self._fill(out, range(self.shape[0]), torch.promote_types(self.dtype, torch.float32))
+        assert self.house is not None
+        self.house.fill(out)
+        return out
 
     def _space(self, make: Callable[..., Tensor]) -> Tensor:
         """A tensor `(E, out, in)`, in the orientation in which the base holds it."""
@@ -185,6 +223,27 @@ class BuiltWeight:
     def frozen(self) -> Callable[[], Tensor]:
         """What builds the stack."""
         return self.build
+
+    def prepare(self) -> None:
+        """House the codes of a list now."""
+        if self.house is not None and self.device.type != "meta":
+            self.house.joined()
+
+    def release(self) -> None:
+        """Give each tensor a storage of its own again, and forget what was built."""
+        if self.house is not None:
+            self.house.release()
+        self._kept = None
+
+    def abandon(self) -> None:
+        """See `ExpertWeight.abandon`."""
+        if self.house is not None:
+            self.house.abandon()
+        self._kept = None
+
+    def same_source(self, other: BuiltWeight) -> bool:
+        """See `ExpertWeight.same_source`."""
+        return [piece.source for piece in self.pieces] == [piece.source for piece in other.pieces]
 
     @torch.no_grad()
     def snapshot(self) -> list[list[Tensor]]:

@@ -73,6 +73,11 @@ class FP8Piece:
         return getattr(self.module, self.weight).data
 
     @property
+    def source(self) -> tuple[Any, str]:
+        """See `built.Piece`."""
+        return self.module, self.weight
+
+    @property
     def elements(self) -> int:
         """Weights of one expert."""
         return self.codes[0].numel()

@@ -73,6 +73,10 @@ class _Piece4:
         return [getattr(self.module, name) for name in self.names]
 
     @property
+    def source(self) -> tuple[Any, str]:
+        return self.module, self.weight
+
+    @property
     def elements(self) -> int:
         weight = self.parameters[0]
         return weight[0].numel() * (2 if self.packed else 1)

@@ -1,0 +1,89 @@
+"""The experts of one module as they are, without adapters: what the grouped forward of frozen experts runs."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import forward
+from .layouts import ExpertsSpec
+from .layouts.blocks_common import linear_output_dtype
+from .stores import open_store
+
+
+class FrozenExperts:
+    """Runs the experts of one module grouped. No module itself, so that the model's own names stay as they are.
+
+    Args:
+        base_layer: the experts module. spec: what `layouts.describe` says of it. name: its path, for messages.
+        backend: see `ops.backends`. keep_built: keep the 16-bit weights of packed experts after they were built.
+
+    Raises `ValueError` for weights that no store can read.
+    """
+
+    adapters: ClassVar[dict[str, Any]] = {}
+    projections: ClassVar[dict[str, Any]] = {}
+    scaling: ClassVar[dict[str, Any]] = {}
+    active: ClassVar[list[str]] = []
+    mixed_batch = None
+    training = False
+
+    def __init__(
+        self, base_layer: nn.Module, spec: ExpertsSpec, name: str, backend: str = "auto", keep_built: bool = False
+    ) -> None:
+        self.base_layer, self.spec, self.name, self.backend = base_layer, spec, name, backend
+        self.stores = {one.name: open_store(base_layer, spec, one, name) for one in spec.projections}
+        for store in self.stores.values():
+            store.keep_built = keep_built
+
+    def run_experts(
+        self,
+        x: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        accumulate_dtype: torch.dtype | None = None,
+        copies: int = 1,
+    ) -> Tensor:
+        """See `MoELoraLayer.run_experts`."""
+        for store in self.stores.values():
+            if store.packed:
+                store.activation_dtype = linear_output_dtype(x)  # type: ignore[attr-defined]
+        return forward.run_experts(self, x, index, weights, accumulate_dtype, copies)
+
+    def reason_against(self, x: Tensor) -> str | None:
+        """Why the base itself has to run on this input: only it knows what to do, or to raise. `None`: no reason."""
+        store = next(iter(self.stores.values()))
+        if x.device != store.device:
+            return f"its experts lie on {store.device}, its input on {x.device}"
+        follows_autocast = torch.is_autocast_enabled(x.device.type)
+        if self.spec.experts and not store.packed and not follows_autocast and x.dtype != store.dtype:
+            return f"its experts are held in {store.dtype}, its input comes in {x.dtype}"
+        return None
+
+    def holds_the_same(self, other: FrozenExperts) -> bool:
+        """Whether the stores of both read the same modules in the same way."""
+        return self.spec == other.spec and all(
+            type(store) is type(theirs) and store.same_source(theirs)
+            for store, theirs in zip(self.stores.values(), other.stores.values(), strict=True)
+        )
+
+    def prepare(self) -> None:
+        """Do now what the next call would do first: house the weights of a list."""
+        for store in self.stores.values():
+            store.prepare()
+
+    def abandon(self) -> None:
+        """Forget what was made of the weights: others house them anew."""
+        for store in self.stores.values():
+            store.abandon()
+
+    def release(self) -> None:
+        """Give each weight a storage of its own again."""
+        for store in self.stores.values():
+            store.release()
+
+    def run_projection(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """See `MoELoraLayer.run_projection`."""
+        return forward.run_projection(self, rows, offsets)
