@@ -4,6 +4,7 @@ Importing this package registers the tuner type `MOELORA` with PEFT and the meth
 transformers, and changes nothing else.
 """
 
+from .auto import auto_enable_grouped_experts
 from .checkpoint.packed import packed_config
 from .config import MoELoraConfig
 from .grouped import disable_grouped_experts, enable_grouped_experts
@@ -20,6 +21,7 @@ __all__ = [
     "MoELoraLayer",
     "MoELoraModel",
     "__version__",
+    "auto_enable_grouped_experts",
     "disable_grouped_experts",
     "enable_grouped_experts",
     "packed_config",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .forward import adapt_linear
 from .layouts import ProjectionSpec
+from .ops.backends import grouped_is_off
 
 if TYPE_CHECKING:
     from .layer import MoELoraLayer
@@ -107,7 +108,8 @@ class BlockForward(ReplacedForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Where the frozen experts are to run grouped, the layer does it: it holds the weights.
-        if self.layer.left_to_base and not isinstance(self.replaced, ReplacedForward):
+        beneath = isinstance(self.replaced, ReplacedForward) and not grouped_is_off()
+        if self.layer.left_to_base and not beneath:
             return self.original(*args, **kwargs)
         block_forward = self.layer.spec.block_forward
         assert block_forward is not None
