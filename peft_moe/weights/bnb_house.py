@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
+from itertools import repeat
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .bnb_pieces import LinearPiece
 from .house import House, WeightHouse
 
 _state_of = attrgetter("quant_state")
+_scales_of = attrgetter("SCB")
 
 
 class _Scales(House):
@@ -48,6 +50,26 @@ class _Codes8(WeightHouse):
                 owner.CB = weight.data
 
 
+class _Scales8(House):
+    """The scales of int8 linears: beside the weight, or after a forward in the state of its linear."""
+
+    def __init__(self, codes: WeightHouse, linears: Sequence[Any]) -> None:
+        super().__init__()
+        self._codes, self._linears = codes, list(linears)
+
+    def tensors(self) -> list[Tensor]:
+        found = list(map(_scales_of, self._codes.tensors()))
+        if any(map(is_, found, repeat(None))):
+            return [one if one is not None else self._linears[i].state.SCB for i, one in enumerate(found)]
+        return found
+
+    def put(self, number: int, value: Tensor) -> None:
+        owners: tuple[Any, ...] = (self._codes.tensors()[number], self._linears[number].state)
+        for owner in owners:
+            if getattr(owner, "SCB", None) is not None:
+                owner.SCB = value
+
+
 class JoinedFourBit(FourBit):
     """4-bit codes of several tensors of one size, one after the other.
 
@@ -79,13 +101,13 @@ class BnbHouse:
         linears = [piece.linear for piece in self.pieces]
         self._eight = linears[0].weight.dtype == torch.int8 and getattr(linears[0], "quant_state", None) is None
         self._codes = _Codes8(linears) if self._eight else WeightHouse(linears)
-        self._scales = None if self._eight else _Scales(self._codes, "absmax")
+        self._scales = _Scales8(self._codes, linears) if self._eight else _Scales(self._codes, "absmax")
         self._nested: _Scales | None = None
         self._joined: FourBit | EightBit | None = None
         self._refused: list[int] | None = None  # pointers of codes that cannot be housed
 
     def _houses(self) -> list[House]:
-        return [house for house in (self._codes, self._scales, self._nested) if house is not None]
+        return [self._codes, self._scales, *([] if self._nested is None else [self._nested])]
 
     def joined(self) -> FourBit | EightBit | None:
         """All codes as one run of elements; `None` if they differ in kind, or do not consist of whole blocks."""
@@ -124,7 +146,7 @@ class BnbHouse:
         if self.pieces[0].linear.weight.device.type == "meta":
             return False
         if self._eight:
-            return True
+            return all(len(scales) == len(self.pieces[0].linear.weight) for scales in self._scales.tensors())
         states: list[Any] = [getattr(piece.linear.weight, "quant_state", None) for piece in self.pieces]
         device = self.pieces[0].linear.weight.device
         if any(state is None or state.absmax.device != device for state in states):
@@ -147,11 +169,9 @@ class BnbHouse:
 
     def _join_8(self) -> EightBit:
         columns = self.pieces[0].linear.weight.shape[1]
-        scales = [piece.codes().scales.reshape(-1) for piece in self.pieces]  # type: ignore[union-attr]
-        return EightBit(self._codes.move_in().view(-1, columns), torch.cat(scales))
+        return EightBit(self._codes.move_in().view(-1, columns), self._scales.move_in())
 
     def _join_4(self) -> JoinedFourBit:
-        assert self._scales is not None
         states = [_state_of(piece.linear.weight) for piece in self.pieces]
         first, functions = states[0], functional()
         codes, scales = self._codes.move_in(), self._scales.move_in()

