@@ -12,21 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import peft
 import torch
 import transformers
+from common import measure, nf4
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import peft_moe
-from peft_moe import BnbExpertsConfig, MoELoraConfig, quantize_experts
+from peft_moe import MoELoraConfig, quantize_experts
 
 
 @dataclass(frozen=True)
@@ -67,13 +65,7 @@ class Block(nn.Module):
 def quantize(block: Block, base: str, shape: Shape, device: torch.device) -> None:
     """Store the experts in NF4 with double quantization, or as FP8 in blocks of 128 x 128."""
     if base == "nf4":
-        quantize_experts(
-            block,
-            BnbExpertsConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
-            ),
-        )  # fmt: skip
+        quantize_experts(block, nf4())
         return
     from transformers.integrations.finegrained_fp8 import FP8Experts
 
@@ -110,32 +102,6 @@ def contender(name: str, shape: Shape, rank: int, device: torch.device, dtype: t
             experts_backend=name.partition(":")[2] or "auto",
         )  # fmt: skip
     return peft.get_peft_model(block, config, autocast_adapter_dtype=False)
-
-
-def measure(step: Callable[[], None], device: torch.device, repeats: int) -> tuple[float, float]:
-    """(median milliseconds, peak MiB above what is resident) of a step."""
-    for _ in range(3):
-        step()
-    if device.type != "cuda":
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(times), float("nan")
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    resident = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times), (torch.cuda.max_memory_allocated() - resident) / 2**20
 
 
 def run(

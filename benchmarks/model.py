@@ -7,7 +7,8 @@ Batch 1, gradient checkpointing, forward and backward. Peak is the most memory a
 
     peft-moe     experts and attention
     peft         the same by stock PEFT, 16-bit bases only
-    attention    LoRA on attention alone, frozen experts as the base runs them
+    attention    LoRA on attention alone, frozen experts as the base runs them: on transformers 4 in a loop
+    grouped      the same after `enable_grouped_experts`
     loop         a Python loop over the routed experts, each three `Linear4bit` with its own LoRA
 """
 
@@ -24,11 +25,12 @@ from pathlib import Path
 import peft
 import torch
 import transformers
+from common import nf4
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import peft_moe
-from peft_moe import BnbExpertsConfig, MoELoraConfig, quantize_experts
+from peft_moe import MoELoraConfig, enable_grouped_experts, quantize_experts
 
 GIB = 2**30
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -119,25 +121,23 @@ def contender(name: str, base: str, layers: int, rank: int) -> tuple[nn.Module, 
                 module.b.requires_grad_(True)
         return adapted, resident
     if base == "nf4":
-        quantize_experts(
-            model,
-            BnbExpertsConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
-            ),
-        )  # fmt: skip
+        quantize_experts(model, nf4())
         gc.collect()
         torch.cuda.empty_cache()
     resident = torch.cuda.memory_allocated()
     config: peft.PeftConfig
-    if name == "attention":
+    if name in ("attention", "grouped"):
         config = peft.LoraConfig(r=rank, target_modules=ATTENTION)
     elif name == "peft":
         experts = ["experts.gate_up_proj", "experts.down_proj"]
         config = peft.LoraConfig(r=rank, target_modules=ATTENTION, target_parameters=experts)
     else:
         config = MoELoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ATTENTION)
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=name != "peft"), resident
+    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=name != "peft")
+    if name == "grouped":
+        report = enable_grouped_experts(adapted)
+        assert not report.left_alone, str(report)
+    return adapted, resident
 
 
 def measure(model: nn.Module, tokens: int, seconds: float, resident: int) -> dict[str, float]:

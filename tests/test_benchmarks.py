@@ -84,3 +84,13 @@ def test_loading_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch, caps
     printed = capsys.readouterr().out.splitlines()
     assert "bitsandbytes" in printed[0] and "2 layers of 4 experts" in printed[0]
     assert printed[-1].startswith("| BnbExpertsConfig, nf4 | uint8 |") and f"| {row['weights']:.0f} |" in printed[-1]
+
+
+def test_frozen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rows = script("frozen").main(["--repeats", "2", "--tokens", "32"])
+    assert [(row["base"], row["forward"]) for row in rows] == [
+        (base, name) for base in ("bf16", "nf4") for name in ("itself", "grouped")
+    ]
+    assert all(row["cosine_output"] > 0.9999 and row["cosine_gradient"] > 0.9999 for row in rows[1::2])
+    assert "grouped" in capsys.readouterr().out
