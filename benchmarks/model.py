@@ -45,7 +45,28 @@ def build(layers: int) -> nn.Module:
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device("cuda"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    # With the usual 0.02 the layers' outputs drown the tokens, and deep routers see 2,048 copies of one vector: they
+    # choose 25 experts. Trained models are balanced: so are these, see the printed number of experts hit.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=10.0)
+    return model
+
+
+def experts_hit(model: nn.Module, tokens: int) -> list[int]:
+    """How many experts of each layer get a token."""
+    found: list[int] = []
+    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+
+    def count(module: nn.Module, args: object, out: Tensor | tuple[Tensor, ...]) -> None:
+        logits = out[0] if isinstance(out, tuple) else out
+        found.append(int(logits.topk(8, dim=-1).indices.unique().numel()))
+
+    handles = [gate.register_forward_hook(count) for gate in gates]
+    with torch.no_grad():
+        model(input_ids=torch.randint(0, 151936, (1, tokens), device="cuda"))
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 class Expert4bit(nn.Module):
@@ -198,6 +219,8 @@ def main() -> None:
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         built = time.perf_counter() - started
+        hit = experts_hit(model, min(arguments.tokens))
+        print(f"{name}: experts hit by {min(arguments.tokens)} tokens: {min(hit)} to {max(hit)} of 128 a layer")
         for tokens in arguments.tokens:
             row: dict[str, float | str | int] = {"contender": name, "base": arguments.base, "tokens": tokens}
             row |= {key: round(value, 3) for key, value in measure(model, tokens, arguments.seconds, resident).items()}

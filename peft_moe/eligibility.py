@@ -11,11 +11,13 @@ from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from .compat import BaseTunerLayer
 from .layouts import ExpertsSpec
 from .weights import DENSE_DTYPES
+from .weights.house import pointers
 
 # Linears whose forward multiplies with what a store reads, and does nothing else that counts.
 _LINEARS = {
@@ -117,7 +119,7 @@ def _one_kind(linears: Sequence[tuple[str, Any]]) -> str | None:
     dense = {linear.weight.dtype for _, linear in linears if linear.weight.dtype in DENSE_DTYPES}
     if len(dense) > 1:
         return f"its experts are held in several dtypes: {', '.join(sorted(map(str, dense)))}"
-    compute = {getattr(linear, "compute_dtype", None) for _, linear in linears}
+    compute = {getattr(linear, "compute_dtype", None) for _, linear in linears} - {None}  # taken from the first input
     if len(compute) > 1:
         return f"its experts compute in several dtypes: {', '.join(sorted(map(str, compute)))}"
     return None
@@ -144,13 +146,17 @@ class Watch:
         self._holders = [module._parameters for module in modules if module._parameters]
         self._held = list(_values(self._holders))
         self._tensors = [tensor for tensor in self._held if tensor is not None]
-        self._sizes, self._places = self._count(), list(map(Tensor.data_ptr, self._tensors))
+        self._sizes, self._places = self._count(), pointers(self._tensors)
         self._hooked = any(self._hooks)
-        self.trains = any(map(_requires_grad, self._tensors))
+        self.trains = self._any_trains()
 
     def _count(self) -> list[int]:
         dicts: Any = (self._attributes, self._child_dicts, self._holders)
         return [sum(map(len, found)) for found in dicts]
+
+    def _any_trains(self) -> bool:
+        with torch._C.DisableTorchFunctionSubclass():
+            return any(map(_requires_grad, self._tensors))
 
     def unchanged(self) -> bool:
         """Whether all is as it was when the watch was made."""
@@ -160,8 +166,8 @@ class Watch:
             and all(map(is_, map(type, self._modules), self._classes))
             and all(map(is_, _values(self._child_dicts), self._children))
             and all(map(is_, _values(self._holders), self._held))
-            and list(map(Tensor.data_ptr, self._tensors)) == self._places
-            and any(map(_requires_grad, self._tensors)) == self.trains
+            and pointers(self._tensors) == self._places
+            and self._any_trains() == self.trains
         )
 
 

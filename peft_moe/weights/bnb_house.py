@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .bnb_codes import EightBit, FourBit, functional
 from .bnb_pieces import LinearPiece
-from .house import House, WeightHouse
+from .house import House, WeightHouse, pointers
 
 _state_of = attrgetter("quant_state")
 _scales_of = attrgetter("SCB")
@@ -114,23 +114,22 @@ class BnbHouse:
         try:
             if self._joined is not None and all(house.is_current() for house in self._houses()):
                 return self._joined
-            pointers = list(map(Tensor.data_ptr, self._codes.tensors()))
+            places = pointers(self._codes.tensors())
         except AttributeError:  # a linear without statistics, or with plain weights
             return None
-        if pointers == self._refused:
+        if places == self._refused:
             return None
         self._joined = None
         if not self._alike():
-            self._refused = pointers
+            self._refused = places
             return None
         self._refused = None
         self._joined = self._join_8() if self._eight else self._join_4()
         return self._joined
 
-    def fill(self, out: Tensor) -> None:
+    def fill(self, joined: FourBit | EightBit, out: Tensor) -> None:
         """Decode all of them into a contiguous tensor."""
-        assert self._joined is not None
-        self._joined.read(0, out.numel(), out)
+        joined.read(0, out.numel(), out)
 
     def versions(self) -> list[int]:
         """Changes when any of it is written to."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .built import chunks
 from .fp8 import FP8Piece, find_scale
-from .house import NamedHouse, WeightHouse
+from .house import NamedHouse, WeightHouse, pointers
 
 
 class FP8House:
@@ -35,14 +35,14 @@ class FP8House:
         try:
             if self._joined is not None and self._codes.is_current() and self._scales.is_current():
                 return self._joined
-            pointers = list(map(Tensor.data_ptr, self._codes.tensors()))
+            places = pointers(self._codes.tensors())
         except KeyError:  # a scale has gone with its weight's FP8
             return None
-        if pointers == self._refused:
+        if places == self._refused:
             return None
         self._joined, self._refused = None, None
         if not self._alike():
-            self._refused = pointers
+            self._refused = places
             return None
         first, count = self.pieces[0], len(self.pieces)
         shape = first.scales().shape[1:]
@@ -70,15 +70,14 @@ class FP8House:
                 return False
         return True
 
-    def fill(self, out: Tensor) -> None:
+    def fill(self, joined: FP8Piece, out: Tensor) -> None:
         """Dequantize all of them into a contiguous `(E, out, in)`."""
-        assert self._joined is not None
-        target = out.view(self._joined.codes.shape)
-        if self._joined.dequantize_into(target):
+        target = out.view(joined.codes.shape)
+        if joined.dequantize_into(target):
             return
         wide = torch.promote_types(out.dtype, torch.float32)
-        for chunk in chunks(len(target), self._joined.elements):
-            target[chunk] = self._joined.dequantize(chunk, wide)
+        for chunk in chunks(len(target), joined.elements):
+            target[chunk] = joined.dequantize(chunk, wide)
 
     def versions(self) -> list[int]:
         """Changes when any of it is written to."""

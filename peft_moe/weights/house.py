@@ -18,6 +18,12 @@ _of_weight = itemgetter("weight")
 _version = attrgetter("_version")
 
 
+def pointers(tensors: Sequence[Tensor]) -> list[int]:
+    """Where tensors lie. Subclasses of tensors (those of bitsandbytes) are not asked, which would call Python."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return list(map(Tensor.data_ptr, tensors))
+
+
 class House:
     """What houses tensors have in common; subclasses say which tensors, and how one is replaced by its view.
 
@@ -38,7 +44,7 @@ class House:
 
     def is_current(self) -> bool:
         """Whether all of them are still views of `flat`."""
-        return self.flat is not None and list(map(Tensor.data_ptr, self.tensors())) == self._pointers
+        return self.flat is not None and pointers(self.tensors()) == self._pointers
 
     def versions(self) -> list[int]:
         """A number for each tensor that changes when it is written to."""
@@ -74,7 +80,7 @@ class House:
             view.copy_(tensor)
             self.put(number, view)
             start += tensor.numel()
-        self._pointers = list(map(Tensor.data_ptr, self.tensors()))
+        self._pointers = pointers(self.tensors())
         return self.flat
 
     @torch.no_grad()

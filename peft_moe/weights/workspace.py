@@ -1,6 +1,6 @@
-"""One buffer a device and dtype, in which all quantized stacks rebuild their 16-bit weights, one after the other.
+"""Where quantized stacks rebuild their 16-bit weights, one after the other.
 
-A stack is read by the product that follows its building and by nothing later, so all layers can share the buffer: the
+A stack is read by the product that follows its building and by nothing later, so all layers can share the memory: the
 work of one device is in order. Nothing of a stack's size outlives the call.
 """
 
@@ -16,7 +16,13 @@ _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
 def borrow(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor of this shape, valid until the next `borrow` on the same device and dtype."""
+    """An uninitialised tensor of this shape, valid until the next `borrow` on the same device and dtype.
+
+    The allocator of a GPU gives the next layer what the last has given back, and lends it to others in between, such
+    as the logits. On a CPU, whose memory would be mapped anew each time, one buffer stays.
+    """
+    if device.type != "cpu":
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
     size = math.prod(shape)
     buffer = _buffers.get((device, dtype))
     if buffer is None or buffer.numel() < size:
@@ -28,5 +34,5 @@ def borrow(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
 
 
 def release() -> None:
-    """Free all buffers; the next `borrow` makes new ones."""
+    """Free the buffers of the CPU; the next `borrow` makes new ones."""
     _buffers.clear()
