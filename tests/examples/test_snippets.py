@@ -16,7 +16,7 @@ from peft_moe import MoELoraConfig
 ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("quickstart", "configuration", "training", "merging-and-saving")),
+    *(f"docs/{name}.md" for name in ("quickstart", "configuration", "training", "merging-and-saving", "grouped")),
 ]
 MODEL_OF_THE_PAGES = "Qwen/Qwen3-30B-A3B"
 
