@@ -56,6 +56,32 @@ def activation(layer: Experts, pre: Tensor) -> Tensor:
     return layer.spec.activation(layer.base_layer, pre)
 
 
+class RunsExperts:
+    """What a layout may ask of a layer, see `layouts.calls.Runner`."""
+
+    def run_experts(
+        self,
+        x: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        accumulate_dtype: torch.dtype | None = None,
+        copies: int = 1,
+    ) -> Tensor:
+        """The routed experts with their adapters: `out[t] = sum_k w[t, k] expert(x[t])`.
+
+        Args:
+            x: `(T, H)`. index: `(T, k)` integers, `num_experts` for none. weights: `(T, k)` routing weights.
+            accumulate_dtype: of the result; `None`: that of x. copies: how often each token stands in x.
+
+        Returns: `(T, H)`.
+        """
+        return run_experts(self, x, index, weights, accumulate_dtype, copies)
+
+    def run_projection(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """The only projection of this module: `(S, in)` rows sorted by expert, `(E,)` int32 ends -> `(S, out)`."""
+        return run_projection(self, rows, offsets)
+
+
 def _compute_dtype(layer: Experts, x: Tensor) -> torch.dtype:
     """In which the base multiplies: stacks in the dtype of their weights, linears of a list as autocast tells them."""
     store = next(iter(layer.stores.values()))
@@ -68,7 +94,7 @@ def _compute_dtype(layer: Experts, x: Tensor) -> torch.dtype:
 def run_experts(
     layer: Experts, x: Tensor, index: Tensor, weights: Tensor, accumulate_dtype: torch.dtype | None, copies: int
 ) -> Tensor:
-    """See `MoELoraLayer.run_experts`."""
+    """See `RunsExperts.run_experts`."""
     spec = layer.spec
     dtype = _compute_dtype(layer, x)
     out_dtype = accumulate_dtype or x.dtype
@@ -96,7 +122,7 @@ def run_experts(
 
 
 def run_projection(layer: Experts, rows: Tensor, offsets: Tensor) -> Tensor:
-    """See `MoELoraLayer.run_projection`."""
+    """See `RunsExperts.run_projection`."""
     (projection,) = layer.spec.projections
     dtype = layer.stores[projection.name].dtype
     if layer.mixed_batch is not None:

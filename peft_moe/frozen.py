@@ -13,7 +13,7 @@ from .layouts.blocks_common import linear_output_dtype
 from .stores import open_store
 
 
-class FrozenExperts:
+class FrozenExperts(forward.RunsExperts):
     """Runs the experts of one module grouped. No module itself, so that the model's own names stay as they are.
 
     Args:
@@ -38,19 +38,12 @@ class FrozenExperts:
         for store in self.stores.values():
             store.keep_built = keep_built
 
-    def run_experts(
-        self,
-        x: Tensor,
-        index: Tensor,
-        weights: Tensor,
-        accumulate_dtype: torch.dtype | None = None,
-        copies: int = 1,
-    ) -> Tensor:
-        """See `MoELoraLayer.run_experts`."""
+    def run_experts(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See `RunsExperts.run_experts`. Packed experts compute in the dtype of x, where they state none."""
         for store in self.stores.values():
             if store.packed:
                 store.activation_dtype = linear_output_dtype(x)  # type: ignore[attr-defined]
-        return forward.run_experts(self, x, index, weights, accumulate_dtype, copies)
+        return super().run_experts(x, *args, **kwargs)
 
     def reason_against(self, x: Tensor) -> str | None:
         """Why the base itself has to run on this input: only it knows what to do, or to raise. `None`: no reason."""
@@ -83,7 +76,3 @@ class FrozenExperts:
         """Give each weight a storage of its own again."""
         for store in self.stores.values():
             store.release()
-
-    def run_projection(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """See `MoELoraLayer.run_projection`."""
-        return forward.run_projection(self, rows, offsets)

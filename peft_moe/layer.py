@@ -26,7 +26,7 @@ def _parameters_are_created_on_meta() -> bool:
     return probe.parameter.device.type == "meta"
 
 
-class MoELoraLayer(nn.Module, LoraLayer):
+class MoELoraLayer(nn.Module, LoraLayer, forward.RunsExperts):
     """Per-expert LoRA around one experts module, stacked or a list.
 
     Children: `base_layer`, the module as it was, and one `ProjectionAdapter` a projection, so that the parameters are
@@ -234,28 +234,6 @@ class MoELoraLayer(nn.Module, LoraLayer):
             return self.base_layer(*args, **kwargs)
         with onload(self.base_layer):
             return self.spec.call(self.base_layer, self, *args, **kwargs)
-
-    def run_experts(
-        self,
-        x: Tensor,
-        index: Tensor,
-        weights: Tensor,
-        accumulate_dtype: torch.dtype | None = None,
-        copies: int = 1,
-    ) -> Tensor:
-        """The routed experts with their adapters: `out[t] = sum_k w[t, k] expert(x[t])`.
-
-        Args:
-            x: `(T, H)`. index: `(T, k)` integers, `num_experts` for none. weights: `(T, k)` routing weights.
-            accumulate_dtype: of the result; `None`: that of x. copies: how often each token stands in x.
-
-        Returns: `(T, H)`.
-        """
-        return forward.run_experts(self, x, index, weights, accumulate_dtype, copies)
-
-    def run_projection(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """The only projection of this module: `(S, in)` rows sorted by expert, `(E,)` int32 ends -> `(S, out)`."""
-        return forward.run_projection(self, rows, offsets)
 
     def expert_bias(self, projection: ProjectionSpec, expert: int, rows: slice) -> Tensor | None:
         """The bias of the linear of one expert that computes the given rows."""

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 
 @triton.jit
 def _outer_kernel(
@@ -62,9 +64,9 @@ def outer(
     out = torch.empty(shape, dtype=big.dtype, device=big.device)
     n_stride, r_stride = (1, n_size) if transposed else (rank, 1)
     columns = 64
-    _outer_kernel[triton.cdiv(n_size, columns), experts](
-        big, source, small, scale, offsets, out,
-        n_size, big.stride(0), n_size * rank, n_stride, r_stride,
+    launch(
+        _outer_kernel, (triton.cdiv(n_size, columns), experts),
+        (big, source, small, scale, offsets, out, n_size, big.stride(0), n_size * rank, n_stride, r_stride),
         RANK=rank, HAS_SOURCE=source is not None, HAS_SCALE=scale is not None,
         COLUMNS=columns, STEP=64, PRECISION="ieee" if big.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=4,

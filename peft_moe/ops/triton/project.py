@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 
 @triton.jit
 def _find_tile(offsets, tile, experts: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
@@ -186,10 +188,10 @@ def _launch(
     grid = (row_tiles * triton.cdiv(n_size, chosen["COLUMNS"]),)
     a_strides = (0, 0, 0) if a is None else a.stride()
     b_strides = (0, 0, 0) if b is None else b.stride()
-    _project_kernel[grid](
-        x, source, weight, a, b, bias, offsets, out, low,
-        scale, n_size, k_size,
-        x.stride(0), *weight.stride(), *a_strides, *b_strides,
+    launch(
+        _project_kernel, grid,
+        (x, source, weight, a, b, bias, offsets, out, low, scale, n_size, k_size,
+         x.stride(0), *weight.stride(), *a_strides, *b_strides),
         experts=experts, EXPERTS=triton.next_power_of_2(experts), RANK=16 if b is None else b.shape[2],
         HAS_SOURCE=source is not None, HAS_A=a is not None, HAS_B=b is not None, HAS_BIAS=bias is not None,
         SCALE_OUT=scale_out, EVEN_K=k_size % chosen["STEP"] == 0, EVEN_N=n_size % chosen["COLUMNS"] == 0,

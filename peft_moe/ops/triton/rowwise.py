@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 
 @triton.jit
 def _silu_gated_kernel(pre, hidden, inner, BLOCK: tl.constexpr):
@@ -25,7 +27,7 @@ def silu_gated(pre: Tensor) -> Tensor:
     hidden = torch.empty(rows, inner, dtype=pre.dtype, device=pre.device)
     if rows:
         block = min(1024, triton.next_power_of_2(inner))
-        _silu_gated_kernel[rows, triton.cdiv(inner, block)](pre, hidden, inner, BLOCK=block)
+        launch(_silu_gated_kernel, (rows, triton.cdiv(inner, block)), (pre, hidden, inner), BLOCK=block)
     return hidden
 
 
@@ -63,7 +65,8 @@ def silu_gated_backward(pre: Tensor, d_hidden: Tensor, weight: Tensor) -> tuple[
     dots = torch.empty(rows, dtype=torch.float32, device=pre.device)
     if rows:
         block = min(1024, triton.next_power_of_2(inner))
-        _silu_gated_backward_kernel[rows,](pre, d_hidden, weight, d_pre, hidden, dots, inner, BLOCK=block)
+        arguments = (pre, d_hidden, weight, d_pre, hidden, dots, inner)
+        launch(_silu_gated_backward_kernel, (rows,), arguments, BLOCK=block)
     return d_pre, dots, hidden
 
 
@@ -99,8 +102,9 @@ def combine(
     out = torch.empty(tokens, width, dtype=dtype, device=rows.device)
     if tokens:
         block = min(2048, triton.next_power_of_2(width))
-        _combine_kernel[tokens, triton.cdiv(width, block)](
-            rows, inverse, weights, offsets, out, width, offsets.shape[0],
+        launch(
+            _combine_kernel, (tokens, triton.cdiv(width, block)),
+            (rows, inverse, weights, offsets, out, width, offsets.shape[0]),
             TOP_K=top_k, HAS_WEIGHTS=weights is not None, BLOCK=block,
             num_warps=8 if block >= 2048 else 4,
         )  # fmt: skip
