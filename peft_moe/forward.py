@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .adapter import factors, for_ops, join_and_pad, magnitude
 from .layouts import ProjectionSpec
 from .ops.backends import choose
-from .ops.experts import Projection, expert_mlp
+from .ops.experts import Projection, expert_mlp, pieces_of
 from .ops.linear import frozen_linear, lora_linear, stack_tensor
 from .ops.routing import Gather, Routing, combine, has_sentinels, mask_rows, route
 
@@ -75,11 +75,11 @@ class RunsExperts:
 
         Returns: `(T, H)`.
         """
-        return run_experts(self, x, index, weights, accumulate_dtype, copies)
+        return run_experts(self, x, index, weights, accumulate_dtype, copies)  # type: ignore[arg-type]
 
     def run_projection(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """The only projection of this module: `(S, in)` rows sorted by expert, `(E,)` int32 ends -> `(S, out)`."""
-        return run_projection(self, rows, offsets)
+        return run_projection(self, rows, offsets)  # type: ignore[arg-type]
 
 
 def _compute_dtype(layer: Experts, x: Tensor) -> torch.dtype:
@@ -103,14 +103,15 @@ def run_experts(
         sentinels = spec.sentinels or bool(getattr(layer.base_layer, "_is_expert_parallel", False))
         if not sentinels and x.device.type == "cpu" and not torch.compiler.is_compiling():
             sentinels = has_sentinels(index, spec.num_experts)
-        routing = route(index, spec.num_experts, sentinels)
         names = _taking_part(layer)
         if _whole_mlp(layer, names):
             rank = max([_rank(layer, projection, names) for projection in spec.projections])  # a list: Dynamo
             backend = choose(layer.backend, x.device, dtype, rank, spec.num_experts)
+            routing = pieces_of(backend).route(index, spec.num_experts, sentinels)
             first, second = (_joined(layer, projection, names, dtype, backend) for projection in spec.projections)
             gate = spec.closed_form if spec.closed_form else lambda pre: activation(layer, pre)
             return expert_mlp(x, weights, routing, first, second, gate, backend, out_dtype)
+        routing = route(index, spec.num_experts, sentinels)
         rows = Gather.apply(x, routing.source, routing.inverse, routing.top_k, routing.valid)
         row_adapter = _row_adapter(layer, names, x.shape[0], routing, copies)
         up, down = spec.projections

@@ -11,6 +11,9 @@ from ..routing import Routing
 from . import rowwise
 from .outer import outer as _outer
 from .project import project as _project
+from .routing import route
+
+__all__ = ["activate_rows", "activate_rows_backward", "combine", "gather", "outer", "project", "route"]
 
 Rows = plain.Rows
 
@@ -41,17 +44,18 @@ def activate_rows(activation: Activation, pre: Tensor) -> Tensor:
 
 
 def activate_rows_backward(
-    activation: Activation, pre: Tensor, d_hidden: Tensor, weight: Tensor
+    activation: Activation, pre: Tensor, d_hidden: Tensor, weights: Tensor, routing: Routing
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pass for gated SiLU."""
     if isinstance(activation, str):
-        return rowwise.silu_gated_backward(pre, d_hidden, weight)
-    return plain.activate_rows_backward(activation, pre, d_hidden, weight)
+        return rowwise.silu_gated_backward(pre, d_hidden, weights.contiguous(), routing.order, routing.offsets)
+    return plain.activate_rows_backward(activation, pre, d_hidden, weights, routing)
 
 
-def outer(big: Rows, small: Tensor, weight: Tensor | None, routing: Routing, transposed: bool, backend: str) -> Tensor:
+def outer(big: Rows, small: Tensor, weights: Tensor | None, routing: Routing, transposed: bool, backend: str) -> Tensor:
     """One kernel, gather and weight inside."""
-    return _outer(big[0], big[1], small, weight, routing.offsets, transposed)
+    weights = None if weights is None else weights.contiguous()
+    return _outer(big[0], big[1], small, weights, routing.order, routing.offsets, transposed)
 
 
 def combine(rows: Tensor, weights: Tensor | None, routing: Routing, dtype: torch.dtype) -> Tensor:

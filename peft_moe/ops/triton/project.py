@@ -119,7 +119,7 @@ def _tiles(rows: int, experts: int, columns: int, device: torch.device) -> dict[
     """Tile sizes by the mean number of rows of an expert; `benchmarks/pieces.py --sweep` measures them."""
     mean = rows / experts
     if columns <= 64:  # LoRA A by itself
-        width = max(16, triton.next_power_of_2(columns))
+        width = max(16, 1 << (columns - 1).bit_length())
         return {"ROWS": 128 if mean > FEW_ROWS else 32, "COLUMNS": width, "STEP": 64, "num_warps": 4, "num_stages": 4}
     if mean <= 16:
         return {"ROWS": 16, "COLUMNS": 128, "STEP": 128, "num_warps": 4, "num_stages": 3}
@@ -185,14 +185,14 @@ def _launch(
         return out, low
     chosen = tiles or _tiles(rows, experts, n_size, x.device)
     row_tiles = rows // chosen["ROWS"] + min(experts, rows)
-    grid = (row_tiles * triton.cdiv(n_size, chosen["COLUMNS"]),)
+    grid = (row_tiles * -(-n_size // chosen["COLUMNS"]),)
     a_strides = (0, 0, 0) if a is None else a.stride()
     b_strides = (0, 0, 0) if b is None else b.stride()
     launch(
         _project_kernel, grid,
         (x, source, weight, a, b, bias, offsets, out, low, scale, n_size, k_size,
          x.stride(0), *weight.stride(), *a_strides, *b_strides),
-        experts=experts, EXPERTS=triton.next_power_of_2(experts), RANK=16 if b is None else b.shape[2],
+        experts=experts, EXPERTS=1 << (experts - 1).bit_length(), RANK=16 if b is None else b.shape[2],
         HAS_SOURCE=source is not None, HAS_A=a is not None, HAS_B=b is not None, HAS_BIAS=bias is not None,
         SCALE_OUT=scale_out, EVEN_K=k_size % chosen["STEP"] == 0, EVEN_N=n_size % chosen["COLUMNS"] == 0,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",

@@ -26,15 +26,18 @@ def silu_gated(pre: Tensor) -> Tensor:
     rows, inner = pre.shape[0], pre.shape[1] // 2
     hidden = torch.empty(rows, inner, dtype=pre.dtype, device=pre.device)
     if rows:
-        block = min(1024, triton.next_power_of_2(inner))
-        launch(_silu_gated_kernel, (rows, triton.cdiv(inner, block)), (pre, hidden, inner), BLOCK=block)
+        block = min(1024, 1 << (inner - 1).bit_length())
+        launch(_silu_gated_kernel, (rows, -(-inner // block)), (pre, hidden, inner), BLOCK=block)
     return hidden
 
 
 @triton.jit
-def _silu_gated_backward_kernel(pre, d_hidden, weight, d_pre, hidden, dots, inner, BLOCK: tl.constexpr):
+def _silu_gated_backward_kernel(
+    pre, d_hidden, weights, order, offsets, d_pre, hidden, dots, inner, experts, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
-    scale = tl.load(weight + row).to(tl.float32)
+    position = tl.load(order + row)
+    scale = tl.load(weights + position).to(tl.float32)
     dot = 0.0
     for first in range(0, inner, BLOCK):
         column = first + tl.arange(0, BLOCK)
@@ -51,21 +54,26 @@ def _silu_gated_backward_kernel(pre, d_hidden, weight, d_pre, hidden, dots, inne
         tl.store(d_pre + row * 2 * inner + column, d_gate.to(d_pre.dtype.element_ty), mask=mask)
         tl.store(d_pre + row * 2 * inner + inner + column, (grad * swish).to(d_pre.dtype.element_ty), mask=mask)
         tl.store(hidden + row * inner + column, value.to(hidden.dtype.element_ty), mask=mask)
-    tl.store(dots + row, dot)
+    # Rows of no expert may hold anything, NaN too.
+    tl.store(dots + position, tl.where(row < tl.load(offsets + experts - 1), dot, 0.0))
 
 
-def silu_gated_backward(pre: Tensor, d_hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def silu_gated_backward(
+    pre: Tensor, d_hidden: Tensor, weights: Tensor, order: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of gated SiLU and of the routing weight, in one pass.
 
-    Args: pre `(S, 2I)`, d_hidden `(S, I)` before weighting, weight `(S,)`.
-    Returns: d_pre `(S, 2I)` of `weight * d_hidden`; rowdot(hidden, d_hidden) `(S,)` fp32; hidden `(S, I)`.
+    Args: pre `(S, 2I)`, d_hidden `(S, I)` before weighting, both sorted; weights contiguous `(T, k)`; order, offsets:
+        see `Routing`.
+    Returns: d_pre `(S, 2I)` of `weight * d_hidden`; rowdot(hidden, d_hidden) `(S,)` fp32 in the order of weights, zero
+        for rows of no expert; hidden `(S, I)`.
     """
     rows, inner = d_hidden.shape
     d_pre, hidden = torch.empty_like(pre), torch.empty_like(d_hidden)
     dots = torch.empty(rows, dtype=torch.float32, device=pre.device)
     if rows:
-        block = min(1024, triton.next_power_of_2(inner))
-        arguments = (pre, d_hidden, weight, d_pre, hidden, dots, inner)
+        block = min(1024, 1 << (inner - 1).bit_length())
+        arguments = (pre, d_hidden, weights, order, offsets, d_pre, hidden, dots, inner, offsets.shape[0])
         launch(_silu_gated_backward_kernel, (rows,), arguments, BLOCK=block)
     return d_pre, dots, hidden
 
@@ -101,9 +109,9 @@ def combine(
     tokens, width = inverse.shape[0] // top_k, rows.shape[1]
     out = torch.empty(tokens, width, dtype=dtype, device=rows.device)
     if tokens:
-        block = min(2048, triton.next_power_of_2(width))
+        block = min(2048, 1 << (width - 1).bit_length())
         launch(
-            _combine_kernel, (tokens, triton.cdiv(width, block)),
+            _combine_kernel, (tokens, -(-width // block)),
             (rows, inverse, weights, offsets, out, width, offsets.shape[0]),
             TOP_K=top_k, HAS_WEIGHTS=weights is not None, BLOCK=block,
             num_warps=8 if block >= 2048 else 4,
