@@ -11,11 +11,20 @@ from ..routing import Routing
 from . import rowwise
 from .outer import outer as _outer
 from .project import project as _project
-from .routing import route
+from .routing import route as _route
 
 __all__ = ["activate_rows", "activate_rows_backward", "combine", "gather", "outer", "project", "route"]
 
 Rows = plain.Rows
+
+
+_COUNTED_ROWS = 65536  # above, a counting sort reads more counts than a radix sort moves rows (`benchmarks/pieces.py`)
+
+
+def route(index: Tensor, num_experts: int, sentinels: bool) -> Routing:
+    """Two kernels for all but very many rows."""
+    sort = _route if index.numel() <= _COUNTED_ROWS else plain.route
+    return sort(index, num_experts, sentinels)
 
 
 def gather(x: Tensor, source: Tensor) -> Rows:
