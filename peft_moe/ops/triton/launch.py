@@ -21,7 +21,7 @@ def _kind(value: Any) -> Any:
         return value.dtype, value.data_ptr() % 16 == 0
     if isinstance(value, int):
         return value % 16 == 0, value == 1, -(2**31) <= value < 2**31
-    return type(value)
+    return getattr(value, "block_shape", None) and tuple(value.block_shape), type(value)  # of a descriptor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **constants: Any) -> None:
