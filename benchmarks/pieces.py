@@ -17,11 +17,12 @@ from torch.nn.functional import grouped_mm
 from triton.errors import TritonError
 from triton.testing import do_bench
 
+from peft_moe.ops.activation import SILU_GATED
 from peft_moe.ops.routing import route
 from peft_moe.ops.triton.outer import outer
 from peft_moe.ops.triton.project import project
 from peft_moe.ops.triton.routing import route as sort_rows
-from peft_moe.ops.triton.rowwise import combine, silu_gated, silu_gated_backward
+from peft_moe.ops.triton.rowwise import combine, gated, gated_backward
 
 
 def time_of(function: Callable[[], object]) -> float:
@@ -95,9 +96,9 @@ def main() -> None:
               f"hidden {time_of(lambda: outer(rows, None, low, weights, order, offsets, True)):.3f}  "
               f"torch d_pre {time_of(lambda: grouped_mm(d_pre.t(), low, offs=offsets)):.3f}")  # fmt: skip
         full = normal(tokens * top_k, width)
-        dtype = torch.bfloat16
-        print(f"T={tokens:6d} rowwise   silu {time_of(lambda: silu_gated(pre)):.3f}  "
-              f"silu backward {time_of(lambda: silu_gated_backward(pre, rows, weights, routing.order, offsets)):.3f}  "
+        dtype, silu = torch.bfloat16, SILU_GATED
+        print(f"T={tokens:6d} rowwise   silu {time_of(lambda: gated(silu, pre)):.3f}  "
+              f"silu backward {time_of(lambda: gated_backward(silu, pre, rows, weights, order, offsets)):.3f}  "
               f"combine {time_of(lambda: combine(full, routing.inverse, weights, offsets, top_k, dtype)):.3f}  "
               f"route {time_of(lambda: sort_rows(index, experts, False)):.3f}  "
               f"torch route {time_of(lambda: route(index, experts, False)):.3f}", flush=True)  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from peft_moe import MoELoraConfig
+from peft_moe.ops.activation import SILU_GATED
 from peft_moe.ops.experts import Projection, expert_mlp, pieces_of
 
 pytestmark = pytest.mark.gpu
@@ -64,7 +65,7 @@ def test_against_float64(tokens: int, rank: int, routing: str, backend: str, wid
     mine = [tensor.detach().clone().requires_grad_() for tensor in (x, weights, up[1], up[2], down[1], down[2])]
     out = expert_mlp(
         mine[0], mine[1], pieces_of(backend).route(index, experts, False), Projection(up[0], None, mine[2], mine[3]),
-        Projection(down[0], None, mine[4], mine[5]), "silu_gated", backend, torch.bfloat16,
+        Projection(down[0], None, mine[4], mine[5]), SILU_GATED, backend, torch.bfloat16,
     )  # fmt: skip
     (out * probe).sum().backward()
     assert (out.double() - expected).norm() < 2e-2 * expected.norm()

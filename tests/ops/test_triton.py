@@ -48,7 +48,8 @@ def test_whole_mlp(case: Case, dtype: torch.dtype) -> None:
         return dataclasses.replace(stack, **{k: None if v is None else v.to(dtype) for k, v in values.items()})
 
     weights = case.weights.float() if case.weights.dtype == torch.bfloat16 else case.weights
-    gate = "softcapped" if case.gate == "clamped" else case.gate
+    # In fp16 rounding decides on which side of a kink a value falls.
+    gate = "softcapped" if case.gate == "clamped" and dtype == torch.float16 else case.gate
     check(
         dataclasses.replace(
             case,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import pieces as plain
-from ..activation import Activation
+from ..activation import Activation, GatedSwish
 from ..routing import Routing
 from . import rowwise
 from .outer import outer as _outer
@@ -48,16 +48,18 @@ def project(
 
 
 def activate_rows(activation: Activation, pre: Tensor) -> Tensor:
-    """One pass for gated SiLU."""
-    return rowwise.silu_gated(pre) if isinstance(activation, str) else plain.activate_rows(activation, pre)
+    """One pass for a gated swish."""
+    if isinstance(activation, GatedSwish):
+        return rowwise.gated(activation, pre)
+    return plain.activate_rows(activation, pre)
 
 
 def activate_rows_backward(
     activation: Activation, pre: Tensor, d_hidden: Tensor, weights: Tensor, routing: Routing
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass for gated SiLU."""
-    if isinstance(activation, str):
-        return rowwise.silu_gated_backward(pre, d_hidden, weights.contiguous(), routing.order, routing.offsets)
+    """One pass for a gated swish."""
+    if isinstance(activation, GatedSwish):
+        return rowwise.gated_backward(activation, pre, d_hidden, weights.contiguous(), routing.order, routing.offsets)
     return plain.activate_rows_backward(activation, pre, d_hidden, weights, routing)
 
 

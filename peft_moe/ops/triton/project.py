@@ -122,7 +122,7 @@ def _tiles(rows: int, experts: int, columns: int, device: torch.device) -> dict[
 
 
 FEW_ROWS = 48  # of an expert on average: up to here LoRA A rides along
-MANY_ROWS = 512  # above, descriptors pay
+MANY_ROWS = 384  # above, descriptors pay
 
 
 def project(
