@@ -122,7 +122,7 @@ class LoopExperts(nn.Module):
         return out
 
 
-def contender(name: str, base: str, layers: int, rank: int) -> tuple[nn.Module, int]:
+def contender(name: str, base: str, layers: int, rank: int, fp32_adapters: bool) -> tuple[nn.Module, int]:
     """(model, bytes of the base weights)."""
     model = build(layers)
     if name == "loop":
@@ -154,7 +154,7 @@ def contender(name: str, base: str, layers: int, rank: int) -> tuple[nn.Module, 
         config = peft.LoraConfig(r=rank, target_modules=ATTENTION, target_parameters=experts)
     else:
         config = MoELoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ATTENTION)
-    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=name != "peft")
+    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
     if name == "grouped":
         report = enable_grouped_experts(adapted)
         assert not report.left_alone, str(report)
@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048])
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--fp32-adapters", action="store_true", help="PEFT's default; not for its own experts")
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -208,12 +209,12 @@ def main() -> None:
     print(
         f"{torch.cuda.get_device_name()}; torch {torch.__version__}, transformers {transformers.__version__}, peft "
         f"{peft.__version__}, peft-moe {peft_moe.__version__}; {arguments.layers} layers, {arguments.base}, "
-        f"r={arguments.rank}"
+        f"r={arguments.rank}, adapters in {'fp32' if arguments.fp32_adapters else 'bf16'}"
     )
     rows = []
     for name in arguments.contenders:
         started = time.perf_counter()
-        model, resident = contender(name, arguments.base, arguments.layers, arguments.rank)
+        model, resident = contender(name, arguments.base, arguments.layers, arguments.rank, arguments.fp32_adapters)
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if hasattr(model, "enable_input_require_grads"):
