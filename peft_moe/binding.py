@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from .forward import adapt_linear
 from .layouts import ProjectionSpec
-from .ops.backends import grouped_is_off
 
 if TYPE_CHECKING:
     from .layer import MoELoraLayer
@@ -95,7 +94,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 class BlockForward(ReplacedForward):
-    """A known block's forward with its experts run by the layer that adapts them; the block's own while it is idle."""
+    """A known block's forward, its experts run by the layer that adapts them; the one before it while that is idle."""
 
     rank = 1
 
@@ -107,9 +106,7 @@ class BlockForward(ReplacedForward):
             self.replaced.rest()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Where the frozen experts are to run grouped, the layer does it: it holds the weights.
-        beneath = isinstance(self.replaced, ReplacedForward) and not grouped_is_off()
-        if self.layer.left_to_base and not beneath:
+        if self.layer.left_to_base:
             return self.original(*args, **kwargs)
         block_forward = self.layer.spec.block_forward
         assert block_forward is not None

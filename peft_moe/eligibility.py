@@ -26,6 +26,7 @@ _LINEARS = {
     "transformers.integrations.finegrained_fp8.FP8Linear",
     "compressed_tensors.linear.compressed_linear.CompressedLinear",
 }
+_TENSORS = ("Parameter", "Tensor", "Params4bit", "Int8Params")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _requires_grad = attrgetter("requires_grad")
 
@@ -106,11 +107,15 @@ def _only_moves_inputs(hook: Any) -> bool:
 
 
 def _against_tensors(named: Sequence[tuple[str, Any]]) -> str | None:
+    if len({id(tensor) for _, tensor in named}) < len(named):
+        return "several of its experts share one weight"
     for path, tensor in named:
+        if type(tensor).__name__ not in _TENSORS:
+            return f"{path} is a {class_path(tensor)}, which no store reads"
         if tensor.device.type == "meta":
             return f"{path} is on the meta device (offloaded, or not loaded)"
-        if hasattr(tensor, "device_mesh"):
-            return f"{path} is sharded over several ranks ({type(tensor).__name__})"
+        if type(tensor.data).__name__ not in _TENSORS:
+            return f"{path} holds a {class_path(tensor.data)}: it is sharded, or quantized in a way no store reads"
     devices = sorted({str(tensor.device) for _, tensor in named})
     return f"its experts lie on several devices: {', '.join(devices)}" if len(devices) > 1 else None
 
@@ -139,6 +144,7 @@ class Watch:
     def __init__(self, container: Any, everything: bool = True) -> None:
         modules = list(container.modules()) if everything else [container]
         self._modules, self._classes = modules, list(map(type, modules))
+        self._forwards: list[tuple[Any, Any]] = [(kind, _forward_of(kind)) for kind in set(self._classes)]
         self._attributes = [vars(module) for module in modules]
         self._hooks = [vars(module)[hooks] for module in modules for hooks in _HOOKS if hooks in vars(module)]
         self._child_dicts = [module._modules for module in modules if module._modules]
@@ -164,11 +170,16 @@ class Watch:
             self._count() == self._sizes
             and any(self._hooks) == self._hooked
             and all(map(is_, map(type, self._modules), self._classes))
+            and all(_forward_of(kind) is forward for kind, forward in self._forwards)
             and all(map(is_, _values(self._child_dicts), self._children))
             and all(map(is_, _values(self._holders), self._held))
             and pointers(self._tensors) == self._places
             and self._any_trains() == self.trains
         )
+
+
+def _forward_of(kind: Any) -> Any:
+    return kind.forward
 
 
 def _values(dicts: Sequence[dict[str, Any]]) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from . import forward
 from .layouts import ExpertsSpec
 from .layouts.blocks_common import linear_output_dtype
 from .stores import open_store
+from .weights import ExpertWeight
 
 
 class FrozenExperts(forward.RunsExperts):
@@ -19,6 +20,7 @@ class FrozenExperts(forward.RunsExperts):
     Args:
         base_layer: the experts module. spec: what `layouts.describe` says of it. name: its path, for messages.
         backend: see `ops.backends`. keep_built: keep the 16-bit weights of packed experts after they were built.
+        stores: those of a layer that adapts the same experts and is idle; `None`: stores of its own.
 
     Raises `ValueError` for weights that no store can read.
     """
@@ -31,11 +33,18 @@ class FrozenExperts(forward.RunsExperts):
     training = False
 
     def __init__(
-        self, base_layer: nn.Module, spec: ExpertsSpec, name: str, backend: str = "auto", keep_built: bool = False
+        self,
+        base_layer: nn.Module,
+        spec: ExpertsSpec,
+        name: str,
+        backend: str = "auto",
+        keep_built: bool = False,
+        stores: dict[str, ExpertWeight] | None = None,
     ) -> None:
         self.base_layer, self.spec, self.name, self.backend = base_layer, spec, name, backend
-        self.stores = {one.name: open_store(base_layer, spec, one, name) for one in spec.projections}
-        for store in self.stores.values():
+        self.owns_stores = stores is None
+        self.stores = stores or {one.name: open_store(base_layer, spec, one, name) for one in spec.projections}
+        for store in self.stores.values() if self.owns_stores else ():
             store.keep_built = keep_built
 
     def run_experts(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -50,6 +59,8 @@ class FrozenExperts(forward.RunsExperts):
         store = next(iter(self.stores.values()))
         if x.device != store.device:
             return f"its experts lie on {store.device}, its input on {x.device}"
+        if store.packed and x.device.type == "cpu" and self.spec.experts and not torch.is_grad_enabled():
+            return "packed experts on a CPU, without gradients: their own linears dequantize only what is routed to"
         follows_autocast = torch.is_autocast_enabled(x.device.type)
         if self.spec.experts and not store.packed and not follows_autocast and x.dtype != store.dtype:
             return f"its experts are held in {store.dtype}, its input comes in {x.dtype}"
@@ -57,9 +68,13 @@ class FrozenExperts(forward.RunsExperts):
 
     def holds_the_same(self, other: FrozenExperts) -> bool:
         """Whether the stores of both read the same modules in the same way."""
-        return self.spec == other.spec and all(
-            type(store) is type(theirs) and store.same_source(theirs)
-            for store, theirs in zip(self.stores.values(), other.stores.values(), strict=True)
+        return (
+            self.owns_stores
+            and self.spec == other.spec
+            and all(
+                type(store) is type(theirs) and store.same_source(theirs)
+                for store, theirs in zip(self.stores.values(), other.stores.values(), strict=True)
+            )
         )
 
     def prepare(self) -> None:
@@ -69,10 +84,10 @@ class FrozenExperts(forward.RunsExperts):
 
     def abandon(self) -> None:
         """Forget what was made of the weights: others house them anew."""
-        for store in self.stores.values():
+        for store in self.stores.values() if self.owns_stores else ():
             store.abandon()
 
     def release(self) -> None:
         """Give each weight a storage of its own again."""
-        for store in self.stores.values():
+        for store in self.stores.values() if self.owns_stores else ():
             store.release()

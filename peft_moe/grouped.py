@@ -90,8 +90,10 @@ class GroupedForward(ReplacedForward):
         return _against_layout(spec) or reason_against(container, spec), spec
 
     def _take_up(self, container: nn.Module, spec: ExpertsSpec, before: FrozenExperts | None) -> FrozenExperts:
-        experts = FrozenExperts(container, spec, self.name, self.backend, self.keep_built)
-        if before is not None and before.holds_the_same(experts):
+        above = self.module if self.leaf is None else self.module._modules.get(self.leaf)
+        stores = above.stores if isinstance(above, MoELoraLayer) else None
+        experts = FrozenExperts(container, spec, self.name, self.backend, self.keep_built, stores)
+        if stores is None and before is not None and before.holds_the_same(experts):
             experts = before  # nothing has to be housed anew
         experts.prepare()
         return experts
@@ -109,6 +111,12 @@ class GroupedForward(ReplacedForward):
             logger.warning("%s: experts run as %s runs them by itself: %s", self.name, kind, reason)
         return None
 
+    def set_options(self, backend: str, keep_built: bool) -> None:
+        """Those of `enable_grouped_experts`, at a later call."""
+        if (backend, keep_built) != (self.backend, self.keep_built):
+            self.rest()
+            self.backend, self.keep_built = backend, keep_built
+
     def _reason_now(self, x: Any) -> str | None:
         if grouped_is_off():
             return f"{SWITCH}=0 is set"
@@ -124,7 +132,7 @@ class GroupedForward(ReplacedForward):
     # --- the forward -----------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         experts = self.ready(x)
         if experts is None:
             return self.original(*args, **kwargs)
@@ -228,12 +236,17 @@ def enable_grouped_experts(
     return group(model, all_experts(model), experts_backend, dequantize == "cache")
 
 
-def group(model: nn.Module, experts: dict[str, ExpertsSpec], backend: str, keep_built: bool) -> GroupedReport:
-    """`enable_grouped_experts` for some experts, by path."""
-    return GroupedReport(tuple(_enable(model, name, spec, backend, keep_built) for name, spec in experts.items()))
+def group(
+    model: nn.Module, experts: dict[str, ExpertsSpec], backend: str, keep_built: bool, override: bool = True
+) -> GroupedReport:
+    """`enable_grouped_experts` for some experts, by path. Args: override: options of an earlier call."""
+    blocks = [_enable(model, name, spec, backend, keep_built, override) for name, spec in experts.items()]
+    return GroupedReport(tuple(blocks))
 
 
-def _enable(model: nn.Module, name: str, spec: ExpertsSpec, backend: str, keep_built: bool) -> BlockReport:
+def _enable(
+    model: nn.Module, name: str, spec: ExpertsSpec, backend: str, keep_built: bool, override: bool
+) -> BlockReport:
     found = model.get_submodule(name)
     module = found.base_layer if isinstance(found, MoELoraLayer) else found
     parent_name, _, leaf = name.rpartition(".")
@@ -241,19 +254,20 @@ def _enable(model: nn.Module, name: str, spec: ExpertsSpec, backend: str, keep_b
     kind = type(owner).__name__
     if grouped_is_off():
         return BlockReport(name, kind, False, f"{SWITCH}=0", enabled=False)
-    reason = _against_layout(spec)
-    if reason is not None:
-        return BlockReport(name, kind, False, reason, enabled=False)
     places = replaced_forwards(owner)
     mine = next((one for one in places if isinstance(one, GroupedForward)), None)
-    if any(isinstance(one, PackedForward) for one in places):  # they run no other way
-        return BlockReport(name, kind, True)
-    if mine is None and not has_own_forward(owner):
-        return BlockReport(name, kind, False, "its forward was replaced by someone else", enabled=False)
     new = mine is None
-    mine = mine or GroupedForward(owner, name, leaf if spec.experts else None, backend, keep_built)
-    if replaced_forwards(owner)[0] is not mine:  # the layer of its adapters runs the experts
-        return BlockReport(name, kind, True, new=new)
+    if mine is None:
+        reason = _against_layout(spec)
+        if reason is None and not has_own_forward(owner):
+            reason = "its forward was replaced by someone else"
+        if any(isinstance(one, PackedForward) for one in places):  # packed stacks run no other way
+            return BlockReport(name, kind, True)
+        if reason is not None:
+            return BlockReport(name, kind, False, reason, enabled=False)
+        mine = GroupedForward(owner, name, leaf if spec.experts else None, backend, keep_built)
+    if override:
+        mine.set_options(backend, keep_built)
     reason = mine.examine()
     if reason is None and mine.trains:
         reason = "its weights require gradients: only calls without gradients run grouped"

@@ -65,7 +65,7 @@ class MoELoraModel(LoraModel):
     def _group_frozen(self, model: nn.Module, config: Any) -> None:
         """Run listed experts grouped while they have no adapter, or none that is active; stacks are grouped already."""
         lists = {name: spec for name, spec in self._experts.items() if spec.experts}
-        report = group(model, lists, config.experts_backend, config.dequantize == "cache")
+        report = group(model, lists, config.experts_backend, config.dequantize == "cache", override=False)
         self._grouped = [*getattr(self, "_grouped", ()), *(one.name for one in report.blocks if one.new)]
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]

@@ -22,11 +22,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import pieces
 from .activation import Activation
-from .linear import FrozenStack, stack_tensor
+from .linear import FrozenStack, first_order_only, stack_tensor
 from .routing import Routing
 
 
@@ -103,7 +102,7 @@ class _ExpertMLP(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # what was saved has no history: a second derivative would be wrong
+    @first_order_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (
             x, weights, pre, up_low, down_low, up_a, up_b, down_a, down_b, down_bias,

@@ -1,8 +1,9 @@
 """Tensors of many modules, re-housed side by side in one flat tensor that each of them becomes a view of.
 
-Names, state dicts and saving stay as they were, and nothing is held twice. Whatever replaces the storage of one of
-them (a move, a cast, a hook) is noticed by the next call, which houses them anew. Every call asks that question, so
-functions of C answer it: no loop in Python over the experts.
+Names, state dicts and saving stay as they were, and nothing is held twice. Each tensor keeps a storage object of its
+own, which begins where the tensor does: tools that save take tensors of one storage for tied ones, and drop all but
+one. Whatever replaces the memory of a tensor (a move, a cast, a hook) is noticed by the next call, which houses them
+anew. Every call asks that question, so functions of C answer it: no loop in Python over the experts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 _of_weight = itemgetter("weight")
 _version = attrgetter("_version")
@@ -22,6 +24,11 @@ def pointers(tensors: Sequence[Tensor]) -> list[int]:
     """Where tensors lie. Subclasses of tensors (those of bitsandbytes) are not asked, which would call Python."""
     with torch._C.DisableTorchFunctionSubclass():
         return list(map(Tensor.data_ptr, tensors))
+
+
+def _with_own_storage(view: Tensor) -> Tensor:
+    """The same memory under a storage object that ends where the view ends; it keeps the memory alive."""
+    return from_dlpack(to_dlpack(view.view(-1).view(torch.uint8))).view(view.dtype).view(view.shape)
 
 
 class House:
@@ -60,6 +67,8 @@ class House:
         devices = {tensor.device for tensor in tensors}
         if len(devices) > 1:
             raise ValueError(f"the experts of one module lie on several devices {sorted(map(str, devices))}")
+        if len(set(pointers(tensors))) < len(tensors):
+            raise ValueError("several experts of one module share one weight: they cannot be housed side by side")
         dtypes = {tensor.dtype for tensor in tensors}
         if len(dtypes) > 1:
             raise ValueError(f"the experts of one module are held in several dtypes {sorted(map(str, dtypes))}")
@@ -78,7 +87,7 @@ class House:
         for number, tensor in enumerate(tensors):
             view = self.flat[start : start + tensor.numel()].view(tensor.shape)
             view.copy_(tensor)
-            self.put(number, view)
+            self.put(number, _with_own_storage(view))
             start += tensor.numel()
         self._pointers = pointers(self.tensors())
         return self.flat

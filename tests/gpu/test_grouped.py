@@ -13,6 +13,9 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from peft_moe import BnbExpertsConfig, disable_grouped_experts, enable_grouped_experts, quantize_experts
+from tests.grouped.test_blocks import Model
+from tests.layouts.block_cases import HIDDEN, Case
+from tests.layouts.test_blocks import OLD
 
 pytestmark = pytest.mark.gpu
 SIZES = {"hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 128, "num_experts_per_tok": 8}
@@ -31,6 +34,49 @@ def layer(dtype: torch.dtype, kind: str = "dense") -> nn.Module:
         quantize_experts(model, BnbExpertsConfig(**({"load_in_8bit": True} if kind == "int8" else four)))
     block.experts.requires_grad_(False)
     return model
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4", "nested"])
+@pytest.mark.parametrize("case", OLD, ids=str)
+def test_every_family_against_its_own_forward(case: Case, kind: str) -> None:
+    block = case.build().to("cuda", torch.bfloat16)
+    for name in getattr(block, "keep_in_fp32", ()):
+        getattr(block, name).float()
+    block.experts.requires_grad_(False)
+    model = Model(block)
+    if kind != "dense":
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": kind == "nested"}
+        quantize_experts(model, BnbExpertsConfig(bnb_4bit_compute_dtype=torch.bfloat16, **four))
+    x = torch.randn(2, 7, HIDDEN, device="cuda", dtype=torch.bfloat16)
+
+    def run() -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        block.zero_grad(set_to_none=True)
+        torch.manual_seed(3)
+        out = block(leaf * 1.0)
+        out = out[0] if isinstance(out, tuple) else out
+        out.backward(torch.linspace(-1, 1, out.numel(), device="cuda").view_as(out).to(out.dtype))
+        routers = [p.grad for n, p in block.named_parameters() if n.startswith(case.router) and p.grad is not None]
+        return [out.detach(), leaf.grad, *routers]
+
+    want = run()
+    assert enable_grouped_experts(model).grouped == ["mlp.experts"]
+    for found, value in zip(run(), want, strict=True):
+        assert cosine_similarity(found.double().flatten(), value.double().flatten(), dim=0) > 0.9999
+
+
+def test_kept_weights_follow_the_device() -> None:
+    model = layer(torch.bfloat16, "nf4").cpu()
+    enable_grouped_experts(model, dequantize="cache")
+    x = torch.randn(1, 16, SIZES["hidden_size"], dtype=torch.bfloat16)
+    on_cpu = step(model, x)
+    model.cuda()
+    on_gpu = step(model, x.cuda())
+    for key, value in on_cpu.items():
+        assert cosine_similarity(on_gpu[key].cpu().double().flatten(), value.double().flatten(), dim=0) > 0.999, key
+    stores = getattr(model["mlp"], "forward", None) or model["mlp"].experts.forward
+    if hasattr(stores, "experts") and stores.experts is not None:
+        assert all(store.frozen()().device.type == "cuda" for store in stores.experts.stores.values())
 
 
 def step(model: Any, x: Tensor) -> dict[str, Tensor]:

@@ -78,8 +78,10 @@ def first_block(model: nn.Module) -> Any:
 
 
 def lists_share_storage(model: nn.Module) -> bool:
-    weights = [p for name, p in model.named_parameters() if ".experts." in name]
-    return any(p.untyped_storage().nbytes() > p.numel() * p.element_size() for p in weights)
+    """Whether the weights of the first block's experts lie one after the other."""
+    weights = [p for p in first_block(model).experts.parameters()]
+    ends = [p.data_ptr() + p.numel() * p.element_size() for p in weights]
+    return any(end == following.data_ptr() for end, following in zip(ends, weights[1:], strict=False))
 
 
 def with_embeddings(model: nn.Module) -> nn.Module:
@@ -94,3 +96,8 @@ def gradient(model: nn.Module, result: Tensor) -> Tensor:
     (result.float() * direction).mean().backward()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base.get_input_embeddings().weight.grad.clone()
+
+
+def expert_linear(model: nn.Module) -> Any:
+    """The first linear of the second expert of the first block."""
+    return next(one for one in first_block(model).experts[1].modules() if isinstance(one, nn.Linear))

@@ -122,12 +122,14 @@ def test_bf16(case: Case) -> None:
 
 
 @families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["nf4", "nested", "int8", "fp8-block", "fp8-channel"])
-def test_quantized_experts(case: Case, kind: str) -> None:
-    reference = frozen(case)
+def test_quantized_experts(case: Case, kind: str, dtype: torch.dtype) -> None:
+    """Against the block on the dequantized weights."""
+    reference = frozen(case, dtype)
     block = quantized(reference, kind)
     assert enable_grouped_experts(Model(block)).grouped == ["mlp.experts"]
-    compare(block, reference, case)
+    compare(block, reference, case, dtype)
 
 
 @pytest.mark.parametrize("case", JITTERED, ids=str)

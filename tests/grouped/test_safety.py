@@ -6,13 +6,15 @@ import copy
 import logging
 import pickle
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import Accelerator, cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_model
 from torch import nn
 from torch.testing import assert_close
 
@@ -24,6 +26,7 @@ from tests.grouped.cases import (
     blocks,
     build,
     calls_of,
+    expert_linear,
     first_block,
     gradient,
     lists_share_storage,
@@ -38,11 +41,6 @@ close = {"rtol": 1e-5, "atol": 1e-5}
 @pytest.fixture(autouse=True)
 def fresh_log() -> None:
     grouped._said.clear()
-
-
-def expert_linear(model: nn.Module) -> Any:
-    expert = first_block(model).experts[1]
-    return next(one for one in expert.modules() if isinstance(one, nn.Linear))
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -380,3 +378,112 @@ def test_unknown_blocks_are_left_alone_with_the_reason() -> None:
 
     report = enable_grouped_experts(nn.ModuleDict({"mlp": Block()}))
     assert report.left_alone == {"mlp.experts": "it is not a known block of experts"}
+
+
+def test_tools_that_save_find_every_tensor(tmp_path: Path) -> None:
+    """They take tensors of one storage for tied ones."""
+    model, reference = pair()
+    enable_grouped_experts(model)
+    output(model)
+    Accelerator(cpu=True).save_model(model, tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert set(saved) == set(reference.state_dict())
+    assert all(torch.equal(saved[key], value) for key, value in reference.state_dict().items())
+    save_model(model, str(tmp_path / "again.safetensors"))
+    assert set(load_file(tmp_path / "again.safetensors")) == set(saved)
+    torch.save(first_block(model).experts[0].state_dict(), tmp_path / "one.pt")
+    size = sum(value.numel() * value.element_size() for value in first_block(model).experts[0].parameters())
+    assert (tmp_path / "one.pt").stat().st_size < 2 * size + 8192
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_experts_that_share_a_module_or_a_weight(late: bool) -> None:
+    for kind in ("module", "weight"):
+        model, reference = pair()
+        if late:
+            enable_grouped_experts(model)
+            output(model)
+        for one in (model, reference):
+            experts = first_block(one).experts
+            if kind == "module":
+                experts[2] = experts[1]
+            else:
+                linears = [[m for m in experts[i].modules() if isinstance(m, nn.Linear)] for i in (1, 2)]
+                linears[1][0].weight = linears[0][0].weight
+        report = enable_grouped_experts(model)
+        assert len(report.left_alone) == 1, kind
+        with torch.no_grad():
+            for one in (model, reference):
+                expert_linear(one).weight.mul_(3)
+        found, calls = calls_of(model)
+        assert calls == blocks(model) - 1
+        assert_close(found, output(reference), **close)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_expert_with_another_activation(late: bool) -> None:
+    model, reference = pair()
+    if late:
+        enable_grouped_experts(model)
+        output(model)
+    for one in (model, reference):
+        expert = first_block(one).experts[3]
+        name = next(name for name, child in expert.named_children() if not isinstance(child, nn.Linear))
+        setattr(expert, name, nn.GELU())
+    assert "differ in activation" in next(iter(enable_grouped_experts(model).left_alone.values()))
+    found, calls = calls_of(model)
+    assert calls == blocks(model) - 1
+    assert_close(found, output(reference), **close)
+
+
+def test_another_forward_on_the_class_of_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reference = pair()
+    enable_grouped_experts(model)
+    output(model)
+    kind = type(first_block(model).experts[0])
+    original = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: original(self, x) + x)
+    found, calls = calls_of(model)
+    assert calls == 0
+    assert_close(found, output(reference), **close)
+    assert not enable_grouped_experts(model).grouped
+
+
+class Wrapped(torch.Tensor):
+    """As quantizers hold weights: a subclass with its own way to multiply."""
+
+
+def test_weights_of_a_class_that_no_store_reads() -> None:
+    model = build()
+    linear = expert_linear(model)
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Wrapped), requires_grad=False)
+    assert "Wrapped" in next(iter(enable_grouped_experts(model).left_alone.values()))
+
+
+def test_second_derivatives_raise() -> None:
+    model = build()
+    enable_grouped_experts(model)
+    x = torch.randn(1, 5, first_block(model).experts[0].gate_proj.in_features, requires_grad=True)
+    out = first_block(model)(x)
+    out = out[0] if isinstance(out, tuple) else out
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
+def test_options_of_a_later_call_hold() -> None:
+    model = build()
+    enable_grouped_experts(model)
+    report = enable_grouped_experts(model, dequantize="cache", experts_backend="loop")
+    forward = first_block(model).forward
+    assert forward.experts.backend == "loop" and next(iter(forward.experts.stores.values())).keep_built
+    assert len(report.grouped) == blocks(model) and not any(one.new for one in report.blocks)
+
+
+def test_packed_experts_on_a_cpu_run_by_themselves_without_gradients() -> None:
+    """One token needs few experts; grouped, all are dequantized."""
+    model = quantize_experts(build(), BnbExpertsConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"))
+    enable_grouped_experts(model)
+    assert calls_of(model)[1] == blocks(model)
+    with torch.no_grad():
+        forward = first_block(model).forward
+        assert forward.ready(torch.zeros(1, 1, 64)) is None
