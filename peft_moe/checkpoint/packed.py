@@ -1,8 +1,8 @@
-"""Loading FP8 and MXFP4 checkpoints so that they stay packed in memory, on any device.
+"""Loading FP8, MXFP4 and bitsandbytes checkpoints so that they stay packed in memory, on any device.
 
-transformers dequantizes such checkpoints while it loads them where it has no kernel for them, and on a CPU always.
-`packed_config` gives a config with which `from_pretrained` keeps them as they are. It registers two quantizers of this
-package with transformers' registry, under names of their own: nothing that loads without it changes.
+transformers dequantizes FP8 and MXFP4 while it loads them where it has no kernel for them, and on a CPU always; of
+bitsandbytes it knows linears alone. `packed_config` gives a config with which `from_pretrained` keeps all as it is. Its
+quantizers stand in transformers' registry under names of their own: nothing that loads without it changes.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from torch import nn
 from transformers import AutoConfig
 
 from ..compat import HfQuantizer, QuantizationConfigMixin, quantizer_registry
+from ..quantize.config import BnbExpertsConfig
 from ..weights.grid import FLOAT8
 from .packed_modules import PackedLinear, pack_experts
 from .scales import drop_unused_scales, recover_scales
 
 FP8, MXFP4 = "peft_moe_fp8", "peft_moe_mxfp4"
+BITSANDBYTES = "bitsandbytes"
 _KINDS = {"fp8": FP8, "mxfp8": FP8, "mxfp4": MXFP4, "compressed-tensors": FP8}
 
 
 def packed_config(path: str, **kwargs: Any) -> Any:
-    """The config of an FP8 or MXFP4 checkpoint, with which `from_pretrained` leaves its weights packed.
+    """The config of an FP8, MXFP4 or bitsandbytes checkpoint, with which `from_pretrained` leaves its weights packed.
 
         model = AutoModelForCausalLM.from_pretrained(path, config=packed_config(path), dtype=torch.bfloat16)
 
@@ -37,10 +39,13 @@ def packed_config(path: str, **kwargs: Any) -> Any:
     found = getattr(config, "quantization_config", None)
     settings = found if isinstance(found, dict) else found.to_dict() if found is not None else {}
     method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
+    if method == BITSANDBYTES:
+        config.quantization_config = BnbExpertsConfig.from_dict(settings).to_dict()
+        return config
     if method not in _KINDS:
+        known = ", ".join(sorted([*_KINDS, BITSANDBYTES]))
         raise ValueError(
-            f"{path}: its quantization is {method!r}, expected one of {', '.join(sorted(_KINDS))}. Load it with plain "
-            "`from_pretrained`."
+            f"{path}: its quantization is {method!r}, expected one of {known}. Load it with plain `from_pretrained`."
         )
     if method == "compressed-tensors":
         _float8_group(settings, path)

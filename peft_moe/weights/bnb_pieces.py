@@ -115,10 +115,7 @@ class StackPiece:
         if not self.packed:
             self.parameters[0].data = self.parameters[0].data.to(dtype)
             return
-        codes = self.codes()
-        dense = torch.empty(self.record.shape, dtype=dtype, device=self.parameters[0].device)
-        codes.read(0, dense.numel(), dense)
-        uninstall(self.owner, self.parameter, dense)
+        uninstall(self.owner, self.parameter, self.record.dense(self.parameters[0], dtype))
 
 
 class LinearPiece:

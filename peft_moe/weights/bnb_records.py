@@ -18,6 +18,12 @@ from .bnb_codes import EightBit, FourBit, functional, library
 
 RECORDS = "packed_weights"  # also read by `layouts.spec.logical_shape`
 _INT8_STATE = "quant_state.peft_moe__int8"
+#: Suffixes of all statistics that 4-bit weights can have; those of int8 linears, which stand beside `weight`.
+FOUR_BIT_NAMES = (
+    "absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4",
+    "quant_state.bitsandbytes__fp4",
+)  # fmt: skip
+INT8_LINEAR_NAMES = ("SCB", "weight_format")
 
 
 @dataclass
@@ -66,6 +72,12 @@ class PackedRecord:
             return EightBit(data, self.state.SCB)
         return FourBit(data, self.state)
 
+    def dense(self, data: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weights of a packed tensor, in the shape in which they were packed."""
+        out = torch.empty(self.shape, dtype=dtype, device=data.device)
+        self.codes(data).read(0, out.numel(), out)
+        return out
+
     def statistics(self) -> dict[str, Tensor]:
         """What has to be saved with the packed tensor, by suffix of its key."""
         if not isinstance(self.state, Int8State):
@@ -99,6 +111,29 @@ def record_from(statistics: dict[str, Tensor], device: Any, compute_dtype: torch
         )
     statistics[states[0]] = statistics[states[0]].cpu()
     return PackedRecord(functional().QuantState.from_dict(statistics, device=torch.device(device)), compute_dtype)
+
+
+def record_of_linear(
+    packed: Tensor, statistics: dict[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None
+) -> PackedRecord:
+    """The record of one linear's `(out, in)` weight, as bitsandbytes saves it.
+
+    Args: dtype: of what was quantized; int8 statistics do not say it.
+
+    Raises `ValueError` if statistics are missing, or do not fit the codes.
+    """
+    if packed.dtype != torch.int8 or "SCB" not in statistics:
+        record = record_from(statistics, packed.device, compute_dtype)
+        if -(-record.shape.numel() // 2) != packed.numel() * packed.element_size():
+            raise ValueError(f"codes of shape {tuple(packed.shape)} do not hold a weight of {tuple(record.shape)}")
+        return record
+    scales, order = statistics["SCB"], int(statistics.get("weight_format", torch.tensor(0)))
+    if order != 0 or scales.shape != packed.shape[:1]:
+        raise ValueError(
+            f"int8 codes of shape {tuple(packed.shape)} with scales {tuple(scales.shape)} in format {order}; expected "
+            "a scale for each row, in format 0 (row by row)"
+        )
+    return PackedRecord(Int8State(scales.to(packed.device), packed.shape, dtype), compute_dtype)
 
 
 def find_record(owner: Any, name: str) -> PackedRecord | None:
