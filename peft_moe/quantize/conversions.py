@@ -148,8 +148,8 @@ class RefuseSingle(_Operation):
         """Raises `ValueError`."""
         raise ValueError(
             f"{self.target}: the checkpoint holds experts that were quantized in another arrangement than the model "
-            "has: their packed bytes would have to be transposed or interleaved. Load the checkpoint with the version of "
-            "transformers that wrote it, or quantize the 16-bit checkpoint again."
+            "has: their packed bytes would have to be transposed or interleaved. Load the checkpoint with the version "
+            "of transformers that wrote it, or quantize the 16-bit checkpoint again."
         )
 
 
