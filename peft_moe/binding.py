@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .forward import adapt_linear
 from .layouts import ProjectionSpec
+from .placement import check_adapters
 
 if TYPE_CHECKING:
     from .layer import MoELoraLayer
@@ -123,6 +124,7 @@ class LinearHook:
     def __call__(self, linear: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         if self.layer.idle:
             return out
+        check_adapters(self.layer, out.device)
         return adapt_linear(self.layer, self.projection, self.expert, self.rows, args[0], out)
 
     def remove(self) -> None:

@@ -15,6 +15,7 @@ from .ops.backends import choose
 from .ops.experts import Projection, expert_mlp, pieces_of
 from .ops.linear import frozen_linear, lora_linear, stack_tensor
 from .ops.routing import Gather, Routing, combine, has_sentinels, mask_rows, route
+from .placement import build_onloaded
 
 if TYPE_CHECKING:
     from .frozen import FrozenExperts
@@ -44,7 +45,7 @@ def _factors(layer: Experts, name: str, projection: ProjectionSpec, scaled: bool
 
 def _frozen(layer: Experts, projection: ProjectionSpec, dtype: torch.dtype) -> object:
     store = layer.stores[projection.name]
-    stack = store.frozen()
+    stack = build_onloaded(layer, store)
     if store.dtype == dtype:
         return stack
     return lambda: stack_tensor(stack).to(dtype)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import forward, initialisation, merging
+from . import forward, initialisation, merging, placement
 from .adapter import ProjectionAdapter, pack
 from .binding import BlockForward, LinearHook, hook_linears
-from .compat import LoraLayer, check_adapters_to_merge, onload
+from .compat import LoraLayer, check_adapters_to_merge, onload, through_hook
 from .config import MoELoraConfig
 from .layouts import ExpertsSpec, ProjectionSpec
 from .ops.grouped import log_once
@@ -152,13 +153,17 @@ class MoELoraLayer(nn.Module, LoraLayer, forward.RunsExperts):
         if not self.idle or self.spec.one_by_one:
             return self.idle
         stores = self.stores.values()
-        return not any(getattr(store, "packed", False) and store.device.type == "cpu" for store in stores)
+        return not any(getattr(store, "packed", False) and store.device.type in ("cpu", "meta") for store in stores)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: MoELoraConfig, **kwargs: Any) -> None:
         """Add an adapter. Rank and scaling of the experts come from the config, not from `r` and `lora_alpha`.
 
         Raises `ValueError` for what the config asks and this module cannot give; the layer is then unchanged.
         """
+        with placement.onloaded(self):  # adapters start from the weights, and lie where these will be used
+            self._update_layer(adapter_name, config)
+
+    def _update_layer(self, adapter_name: str, config: MoELoraConfig) -> None:
         settings = resolve(config, self.spec, self.name)
         if decomposes(config.init_lora_weights) and self.merged_adapters:
             raise ValueError(f"{self.name}: unmerge before adding an adapter that starts from the base weights")
@@ -204,6 +209,7 @@ class MoELoraLayer(nn.Module, LoraLayer, forward.RunsExperts):
             magnitudes = torch.zeros(len(experts), out_features) if settings.use_dora else None
             if store.device.type != "meta":
                 if decomposes(init):  # also where values come later: the base becomes the residual
+                    placement.check_start(self, init)
                     initialisation.take_out(store, experts, rows, a, b, str(init), settings, nominal, where)
                 elif not awaits_values:
                     initialisation.fill(a, b, init, settings.ranks, where)
@@ -232,8 +238,22 @@ class MoELoraLayer(nn.Module, LoraLayer, forward.RunsExperts):
         kwargs.pop("adapter_names", None)  # PEFT's hook passes it; the model has set `mixed_batch`
         if self.left_to_base or self.spec.call is None:
             return self.base_layer(*args, **kwargs)
-        with onload(self.base_layer):
-            return self.spec.call(self.base_layer, self, *args, **kwargs)
+        run = partial(self.spec.call, self.base_layer, self)
+        return through_hook(self.base_layer, run, *args, **kwargs)
+
+    def run_experts(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See `RunsExperts.run_experts`. Raises `ValueError` where weights or adapters lie on another device than x."""
+        if placement.is_offloaded(self):
+            return placement.run_onloaded(self, super().run_experts, x, *args, **kwargs)
+        placement.check(self, x.device)
+        return super().run_experts(x, *args, **kwargs)
+
+    def run_projection(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """See `RunsExperts.run_projection`."""
+        if placement.is_offloaded(self):
+            return placement.run_onloaded(self, super().run_projection, rows, offsets)
+        placement.check(self, rows.device)
+        return super().run_projection(rows, offsets)
 
     def expert_bias(self, projection: ProjectionSpec, expert: int, rows: slice) -> Tensor | None:
         """The bias of the linear of one expert that computes the given rows."""

@@ -64,7 +64,14 @@ class PackedRecord:
         return self.state.dtype
 
     def codes(self, data: Tensor) -> FourBit | EightBit:
-        """The codes of a packed tensor, with the statistics on its device."""
+        """The codes of a packed tensor, with the statistics on its device. Raises `ValueError` if it was cast."""
+        bytes_ = self.shape.numel() if isinstance(self.state, Int8State) else -(-self.shape.numel() // 2)
+        if data.numel() * data.element_size() != bytes_:
+            raise ValueError(
+                f"a packed weight of shape {tuple(self.shape)} takes {bytes_} bytes, found {tuple(data.shape)} in "
+                f"{data.dtype}: whatever moved it has cast its bytes, as accelerate does with bytes that are stored in "
+                "a floating dtype. To offload packed experts, quantize them with `bnb_4bit_quant_storage=torch.uint8`."
+            )
         statistics = self.state.SCB if isinstance(self.state, Int8State) else self.state.absmax
         if statistics.device != data.device and data.device.type != "meta":
             self.state.to(data.device)
@@ -147,9 +154,22 @@ def find_record(owner: Any, name: str) -> PackedRecord | None:
     attribute, value = (
         ("SCB", record.state.SCB) if isinstance(record.state, Int8State) else ("quant_state", record.state)
     )
-    if getattr(parameter, attribute, None) is not value:
-        setattr(parameter, attribute, value)
+    if not _same(getattr(parameter, attribute, None), value):
+        setattr(parameter, attribute, value if isinstance(value, Tensor) else _carried(value))
     return record
+
+
+def _carried(state: Any) -> Any:
+    from .bnb_state import carried
+
+    return carried(state)
+
+
+def _same(found: Any, state: Any) -> bool:
+    """Whether a parameter has the tensors of the record, and (of 4 bits) not the record's own state."""
+    if isinstance(state, Tensor) or found is None:
+        return found is state
+    return found is not state and found.absmax is state.absmax
 
 
 def install(owner: nn.Module, name: str, parameter: nn.Parameter, record: PackedRecord) -> None:
@@ -159,6 +179,7 @@ def install(owner: nn.Module, name: str, parameter: nn.Parameter, record: Packed
         owner.register_load_state_dict_pre_hook(_load_records)
     vars(owner).setdefault(RECORDS, {})[name] = record
     setattr(owner, name, parameter)
+    find_record(owner, name)
 
 
 def uninstall(owner: nn.Module, name: str, dense: Tensor) -> None:
