@@ -51,7 +51,12 @@ class House:
 
     def is_current(self) -> bool:
         """Whether all of them are still views of `flat`."""
-        return self.flat is not None and pointers(self.tensors()) == self._pointers
+        if self.flat is None:
+            return False
+        try:
+            return pointers(self.tensors()) == self._pointers
+        except (KeyError, AttributeError):  # a scale that has gone with its codes
+            return False
 
     def versions(self) -> list[int]:
         """A number for each tensor that changes when it is written to."""
