@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ _LINEARS = {
 _TENSORS = ("Parameter", "Tensor", "Params4bit", "Int8Params")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _requires_grad = attrgetter("requires_grad")
+_values_of = methodcaller("values")
 
 
 def class_path(value: object) -> str:
@@ -183,4 +184,4 @@ def _forward_of(kind: Any) -> Any:
 
 
 def _values(dicts: Sequence[dict[str, Any]]) -> Iterator[Any]:
-    return chain.from_iterable(map(dict.values, dicts))
+    return chain.from_iterable(map(_values_of, dicts))  # compressed-tensors holds parameters in a mapping of its own

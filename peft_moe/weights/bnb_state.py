@@ -18,7 +18,7 @@ class CarriedState(QuantState):
 
     def to(self, device: Any) -> None:
         """Move the statistics."""
-        if torch.device(device).type != "meta":
+        if device is None or torch.device(device).type != "meta":  # None: a cast
             super().to(device)
 
 
