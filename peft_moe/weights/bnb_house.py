@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .bnb_codes import EightBit, FourBit, functional
 from .bnb_pieces import LinearPiece
-from .house import House, WeightHouse, pointers
+from .house import CannotBeHoused, House, WeightHouse, pointers
 
 _state_of = attrgetter("quant_state")
 _scales_of = attrgetter("SCB")
@@ -124,7 +124,10 @@ class BnbHouse:
             self._refused = places
             return None
         self._refused = None
-        self._joined = self._join_8() if self._eight else self._join_4()
+        try:
+            self._joined = self._join_8() if self._eight else self._join_4()
+        except CannotBeHoused:
+            self._refused = places
         return self._joined
 
     def fill(self, joined: FourBit | EightBit, out: Tensor) -> None:

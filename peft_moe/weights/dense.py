@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.grouped import log_once
 from ..ops.linear import FrozenStack
-from .house import WeightHouse
+from .house import CannotBeHoused, WeightHouse
 
 DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -157,7 +158,8 @@ class ModuleStack(_Dense):
     """
 
     def __init__(self, linears: Sequence[Sequence[Any]], shape: tuple[int, int, int], path: str) -> None:
-        self.linears, self.shape = [list(expert) for expert in linears], shape
+        self.linears, self.shape, self.path = [list(expert) for expert in linears], shape, path
+        self._handed_out = False
         self.house = WeightHouse([linear for expert in self.linears for linear in expert])
         for expert, modules in enumerate(self.linears):
             for linear in modules:
@@ -185,7 +187,7 @@ class ModuleStack(_Dense):
     def prepare(self) -> None:
         """House the weights now."""
         if self.device.type != "meta":
-            self.house.move_in()
+            self._flat()
 
     def release(self) -> None:
         """Give each module's weight a storage of its own again."""
@@ -199,8 +201,17 @@ class ModuleStack(_Dense):
         """See `ExpertWeight.same_source`."""
         return self.linears == other.linears
 
-    def frozen(self) -> Tensor:
+    def _flat(self) -> Tensor | None:
+        if self._handed_out:
+            return None
+        try:
+            return self.house.flat if torch.compiler.is_compiling() else self.house.move_in()
+        except CannotBeHoused:
+            self._handed_out = True
+            log_once(f"{self.path}: its modules hand out copies of their weights, which are gathered in each call")
+            return None
+
+    def frozen(self) -> FrozenStack:
         """The `(E, out, in)` stack, which the modules' weights are views of."""
-        flat = self.house.flat if torch.compiler.is_compiling() else self.house.move_in()
-        assert flat is not None
-        return flat.view(self.shape)
+        flat = self._flat()
+        return self.materialize if flat is None else flat.view(self.shape)

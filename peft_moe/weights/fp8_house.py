@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .built import chunks
 from .fp8 import FP8Piece, find_scale
-from .house import NamedHouse, WeightHouse, pointers
+from .house import CannotBeHoused, NamedHouse, WeightHouse, pointers
 
 
 class FP8House:
@@ -44,6 +44,14 @@ class FP8House:
         if not self._alike():
             self._refused = places
             return None
+        try:
+            self._joined = self._join()
+        except CannotBeHoused:
+            self._refused = places
+        return self._joined
+
+    def _join(self) -> FP8Piece:
+        assert self._scales is not None
         first, count = self.pieces[0], len(self.pieces)
         shape = first.scales().shape[1:]
         one_for_all = SimpleNamespace(weight=self._codes.move_in().view(count, *first.tensor.shape))
@@ -51,9 +59,9 @@ class FP8House:
         for setting in ("block_size", "config"):
             if hasattr(first.module, setting):
                 setattr(one_for_all, setting, getattr(first.module, setting))
-        self._joined = FP8Piece(one_for_all, "weight", first.where, first.rows)
-        self._joined.check()
-        return self._joined
+        joined = FP8Piece(one_for_all, "weight", first.where, first.rows)
+        joined.check()
+        return joined
 
     def _alike(self) -> bool:
         first = self.pieces[0]

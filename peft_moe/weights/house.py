@@ -20,6 +20,10 @@ _of_weight = itemgetter("weight")
 _version = attrgetter("_version")
 
 
+class CannotBeHoused(ValueError):
+    """The tensors stay where they are; they can be read one by one."""
+
+
 def pointers(tensors: Sequence[Tensor]) -> list[int]:
     """Where tensors lie. Subclasses of tensors (those of bitsandbytes) are not asked, which would call Python."""
     with torch._C.DisableTorchFunctionSubclass():
@@ -88,13 +92,17 @@ class House:
         tensors = self.tensors()
         self.check(tensors)
         self.flat = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors)).as_subclass(Tensor)
-        start = 0
+        start, places = 0, []
         for number, tensor in enumerate(tensors):
             view = self.flat[start : start + tensor.numel()].view(tensor.shape)
             view.copy_(tensor)
             self.put(number, _with_own_storage(view))
+            places.append(view.data_ptr())
             start += tensor.numel()
         self._pointers = pointers(self.tensors())
+        if self._pointers != places:  # the modules hand out copies, as those that compressed-tensors may offload
+            self.flat = None
+            raise CannotBeHoused("the modules of the experts do not take another storage for their tensors")
         return self.flat
 
     @torch.no_grad()
