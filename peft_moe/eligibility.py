@@ -6,9 +6,9 @@ changed, which takes no loop in Python over the experts and no word from the dev
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from operator import attrgetter, is_, methodcaller
+from operator import attrgetter, is_, itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ _TENSORS = ("Parameter", "Tensor", "Params4bit", "Int8Params")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _requires_grad = attrgetter("requires_grad")
 _values_of = methodcaller("values")
+# Looked up each time: tools put another dict of parameters in the place of a module's.
+_parameters_of, _children_of = itemgetter("_parameters"), itemgetter("_modules")
 
 
 def class_path(value: object) -> str:
@@ -148,17 +150,16 @@ class Watch:
         self._forwards: list[tuple[Any, Any]] = [(kind, _forward_of(kind)) for kind in set(self._classes)]
         self._attributes = [vars(module) for module in modules]
         self._hooks = [vars(module)[hooks] for module in modules for hooks in _HOOKS if hooks in vars(module)]
-        self._child_dicts = [module._modules for module in modules if module._modules]
-        self._children = list(_values(self._child_dicts))
-        self._holders = [module._parameters for module in modules if module._parameters]
-        self._held = list(_values(self._holders))
+        self._children = list(_values(map(_children_of, self._attributes)))
+        self._held = list(_values(map(_parameters_of, self._attributes)))
         self._tensors = [tensor for tensor in self._held if tensor is not None]
         self._sizes, self._places = self._count(), pointers(self._tensors)
         self._hooked = any(self._hooks)
         self.trains = self._any_trains()
 
     def _count(self) -> list[int]:
-        dicts: Any = (self._attributes, self._child_dicts, self._holders)
+        everything = self._attributes
+        dicts: Any = (everything, map(_children_of, everything), map(_parameters_of, everything))
         return [sum(map(len, found)) for found in dicts]
 
     def _any_trains(self) -> bool:
@@ -172,8 +173,8 @@ class Watch:
             and any(self._hooks) == self._hooked
             and all(map(is_, map(type, self._modules), self._classes))
             and all(_forward_of(kind) is forward for kind, forward in self._forwards)
-            and all(map(is_, _values(self._child_dicts), self._children))
-            and all(map(is_, _values(self._holders), self._held))
+            and all(map(is_, _values(map(_children_of, self._attributes)), self._children))
+            and all(map(is_, _values(map(_parameters_of, self._attributes)), self._held))
             and pointers(self._tensors) == self._places
             and self._any_trains() == self.trains
         )
@@ -183,5 +184,5 @@ def _forward_of(kind: Any) -> Any:
     return kind.forward
 
 
-def _values(dicts: Sequence[dict[str, Any]]) -> Iterator[Any]:
+def _values(dicts: Iterable[dict[str, Any]]) -> Iterator[Any]:
     return chain.from_iterable(map(_values_of, dicts))  # compressed-tensors holds parameters in a mapping of its own

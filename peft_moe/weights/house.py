@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-_of_weight = itemgetter("weight")
 _version = attrgetter("_version")
 
 
@@ -118,25 +117,23 @@ class House:
         self.flat = None
 
 
-class WeightHouse(House):
-    """The weights of linears, in the order given."""
-
-    def __init__(self, linears: Sequence[Any]) -> None:
-        super().__init__()
-        bases = [linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear for linear in linears]
-        self._holders = [base._parameters for base in bases]
-
-    def tensors(self) -> list[Tensor]:
-        return list(map(_of_weight, self._holders))
-
-
 class NamedHouse(House):
-    """The tensors of one name, parameters or buffers, of many modules."""
+    """The tensors of one name, parameters or buffers, of many modules, in the order given."""
 
     def __init__(self, modules: Sequence[Any], name: str) -> None:
         super().__init__()
-        self._holders = [one._parameters if name in one._parameters else one._buffers for one in modules]
+        bases = [module.get_base_layer() if hasattr(module, "get_base_layer") else module for module in modules]
+        # Not the dict of parameters: tools put another in its place.
+        self._attributes = [vars(base) for base in bases]
+        self._of_kind = itemgetter("_parameters" if name in bases[0]._parameters else "_buffers")
         self._of_name = itemgetter(name)
 
     def tensors(self) -> list[Tensor]:
-        return list(map(self._of_name, self._holders))
+        return list(map(self._of_name, map(self._of_kind, self._attributes)))
+
+
+class WeightHouse(NamedHouse):
+    """The weights of linears."""
+
+    def __init__(self, linears: Sequence[Any]) -> None:
+        super().__init__(linears, "weight")
