@@ -16,6 +16,7 @@ from .ops.experts import Projection, expert_mlp, pieces_of
 from .ops.linear import frozen_linear, lora_linear, stack_tensor
 from .ops.routing import Gather, Routing, combine, has_sentinels, mask_rows, route
 from .placement import build_onloaded
+from .routed import only_routed
 
 if TYPE_CHECKING:
     from .frozen import FrozenExperts
@@ -109,7 +110,8 @@ def run_experts(
             rank = max([_rank(layer, projection, names) for projection in spec.projections])  # a list: Dynamo
             backend = choose(layer.backend, x.device, dtype, rank, spec.num_experts)
             routing = pieces_of(backend).route(index, spec.num_experts, sentinels)
-            first, second = (_joined(layer, projection, names, dtype, backend) for projection in spec.projections)
+            both = [_joined(layer, projection, names, dtype, backend) for projection in spec.projections]
+            routing, (first, second) = only_routed(layer, routing, both, dtype)
             gate = spec.closed_form if spec.closed_form else lambda pre: activation(layer, pre)
             return expert_mlp(x, weights, routing, first, second, gate, backend, out_dtype)
         routing = route(index, spec.num_experts, sentinels)

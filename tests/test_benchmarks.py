@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -94,3 +95,16 @@ def test_frozen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     ]
     assert all(row["cosine_output"] > 0.9999 and row["cosine_gradient"] > 0.9999 for row in rows[1::2])
     assert "grouped" in capsys.readouterr().out
+
+
+def test_routed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if int(version("transformers").split(".")[0]) < 5:
+        pytest.skip("FP8Experts: transformers 5")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rows = script("routed").main(["--tokens", "1", "3", "20", "--repeats", "2"])
+    assert [(row["base"], row["tokens"]) for row in rows] == [(base, n) for base in ("nf4", "fp8") for n in (1, 3, 20)]
+    assert [row["built"] for row in rows[:3]] == [2, 6, 16] and [row["rule"] for row in rows[:3]] == [
+        "routed", "routed", "whole",
+    ]  # fmt: skip
+    assert all(row["experts"] <= row["built"] and row["ratio"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("| nf4 |") == 3

@@ -54,6 +54,24 @@ def route(index: Tensor, num_experts: int, sentinels: bool) -> Routing:
     return Routing(order, order // top_k, inverse, experts, offsets, top_k, valid)
 
 
+def compact(routing: Routing, num_experts: int) -> tuple[Routing, Tensor]:
+    """The same rows, with the experts that have some renumbered from 0 on, so that a stack of these alone will do.
+
+    Returns: the routing, whose `experts` and `offsets` count slots, n = min(S, E) of them; and `(n,)` int64, the
+    expert of each slot. Slots that are left over have no rows and name expert 0. No host synchronisation: how many
+    experts have rows is never asked, only how many can.
+    """
+    experts = routing.experts
+    slots = min(experts.numel(), num_experts)
+    begins = torch.diff(experts, prepend=experts[:1]) != 0
+    slot = torch.cumsum(begins, dim=0)
+    expert_of = torch.zeros(slots, dtype=torch.int64, device=experts.device).scatter_(0, slot, experts.long())
+    boundaries = torch.arange(slots, device=experts.device)
+    offsets = torch.searchsorted(slot, boundaries, right=True, out_int32=True)
+    offsets = torch.minimum(offsets, routing.offsets[-1])  # rows of no expert stay past the end
+    return routing._replace(experts=slot, offsets=offsets), expert_of
+
+
 def has_sentinels(index: Tensor, num_experts: int) -> bool:
     """Whether an entry of `index` points past the experts. Looks at the data: for CPU tensors only."""
     return index.numel() > 0 and bool((index >= num_experts).any())

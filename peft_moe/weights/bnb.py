@@ -55,6 +55,22 @@ class BnbWeight(BuiltWeight):
                     place.copy_(part)
         return out
 
+    @property
+    def builds_some(self) -> bool:
+        """Whether experts can be picked on the device: of stacks, in which each is a whole number of blocks."""
+        return super().builds_some and all(piece.aligned for piece in self.pieces)
+
+    @torch.no_grad()
+    def _fill_some(self, out: Tensor, slots: Tensor) -> Tensor:
+        for piece in self.pieces:
+            target = out[:, piece.rows]
+            target = target.transpose(1, 2) if piece.transposed else target
+            part = target if target.is_contiguous() else torch.empty(target.shape, dtype=out.dtype, device=out.device)
+            piece.codes().gather(slots, piece.elements).read(0, part.numel(), part)
+            if part is not target:
+                target.copy_(part)
+        return out
+
     @torch.no_grad()
     def add_(self, deltas: Iterable[tuple[Sequence[int], Tensor]]) -> None:
         """See `ExpertWeight.add_`: summed in fp32, requantized once, with the type, block size and kind of scales.

@@ -121,6 +121,16 @@ class FourBit:
         out = None if out is None else out.view(shape)
         return module.dequantize_4bit(packed, state, out=out).reshape(-1)
 
+    def gather(self, runs: Tensor, elements: int) -> FourBit:
+        """The codes of some runs of `elements` each, whole blocks, named by `(n,)` indices on the device."""
+        size, state = self.state.blocksize, self.state
+        scales = self.scales(0, self.numel // size).view(-1, elements // size)[runs].reshape(-1)
+        picked = functional().QuantState(
+            scales, shape=torch.Size((runs.numel() * elements,)), code=state.code, blocksize=size,
+            quant_type=state.quant_type, dtype=state.dtype,
+        )  # fmt: skip
+        return FourBit(self.bytes.view(-1, elements // 2)[runs].reshape(-1), picked)
+
     # --- writing -------------------------------------------------------------------------------------------------
 
     def clone(self) -> FourBit:
@@ -219,6 +229,12 @@ class EightBit:
             values = functional().int8_vectorwise_dequant(self.data[low:high], self.scales[low:high])
             target[low - first : high - first].copy_(values)
 
+    def gather(self, runs: Tensor, elements: int) -> EightBit:
+        """See `FourBit.gather`; whole rows."""
+        columns = self.data.shape[1]
+        codes = self.data.view(-1, elements)[runs].reshape(-1, columns)
+        return EightBit(codes, self.scales.view(-1, elements // columns)[runs].reshape(-1))
+
     def clone(self) -> EightBit:
         """A copy to write to."""
         return EightBit(self.data.clone(), self.scales.clone())
@@ -247,6 +263,10 @@ class Plain:
     def read(self, start: int, stop: int, out: Tensor) -> None:
         """See `FourBit.read`."""
         out.view(-1).copy_(self.data.view(-1)[start:stop])
+
+    def gather(self, runs: Tensor, elements: int) -> Plain:
+        """See `FourBit.gather`."""
+        return Plain(self.data.view(-1, elements)[runs])
 
     def clone(self) -> Plain:
         """A copy to write to."""

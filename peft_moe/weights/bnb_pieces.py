@@ -72,6 +72,12 @@ class StackPiece:
         return shape.numel() // self.experts
 
     @property
+    def aligned(self) -> bool:
+        """Whether every expert is a whole number of blocks."""
+        state = self.record.state if self.packed else None
+        return self.elements % getattr(state, "blocksize", 1) == 0
+
+    @property
     def compute_dtype(self) -> torch.dtype | None:
         """In which the base multiplies, where it says so."""
         return self.record.compute_dtype if self.packed else None

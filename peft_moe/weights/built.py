@@ -44,11 +44,11 @@ class Piece(Protocol):
     def check(self) -> None:
         """Raise `ValueError` for a weight that cannot be read."""
 
-    def dequantize(self, experts: Sequence[int] | slice, wide: torch.dtype) -> Tensor:
+    def dequantize(self, experts: Sequence[int] | slice | Tensor, wide: torch.dtype) -> Tensor:
         """`(E', rows, cols)` in fp32 or fp64, as stored: not transposed."""
 
-    def dequantize_into(self, out: Tensor) -> bool:
-        """Write the weights of all experts into `(E, rows, cols)` by a kernel of their own; False: there is none."""
+    def dequantize_into(self, out: Tensor, experts: Tensor | None = None) -> bool:
+        """Write the weights of these experts (`None`: all) into `(E', rows, cols)` by a kernel; False without one."""
 
     def densify(self, dtype: torch.dtype) -> None:
         """Replace the stored tensors by one plain parameter."""
@@ -189,6 +189,28 @@ class BuiltWeight:
         out = torch.empty(len(chosen), *self.shape[1:], dtype=dtype, device=self.device)
         return self._fill(out, chosen, torch.promote_types(dtype, torch.float32))
 
+    @property
+    def builds_some(self) -> bool:
+        """Whether `build_some` can pick experts by an index on the device: of stacks, not of lists."""
+        return all(piece.expert is None for piece in self.pieces)
+
+    def build_some(self, slots: Tensor) -> Tensor:
+        """`(n, out, in)` of the experts that `(n,)` indices on the device name, in the shared workspace."""
+        self._check_devices()
+        return self._fill_some(self._space(workspace.borrow, self.dtype, len(slots)), slots)
+
+    @torch.no_grad()
+    def _fill_some(self, out: Tensor, slots: Tensor) -> Tensor:
+        wide = torch.promote_types(self.dtype, torch.float32)
+        for piece in self.pieces:
+            target = out[:, piece.rows]
+            target = target.transpose(1, 2) if piece.transposed else target
+            if piece.dequantize_into(target, slots):
+                continue
+            for chunk in chunks(len(slots), piece.elements):
+                target[chunk] = piece.dequantize(slots[chunk], wide)
+        return out
+
     def build(self) -> Tensor:
         """The whole stack in the compute dtype: lent for one product, or kept."""
         return self._build(self._check(), self.dtype)
@@ -221,12 +243,12 @@ class BuiltWeight:
         self.house.fill(joined, out)
         return out
 
-    def _space(self, make: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
-        """A tensor `(E, out, in)`, in the orientation in which the base holds it."""
-        experts, rows, cols = self.shape
+    def _space(self, make: Callable[..., Tensor], dtype: torch.dtype, experts: int | None = None) -> Tensor:
+        """A tensor `(E, out, in)` of all experts or of as many, in the orientation in which the base holds it."""
+        count, (_, rows, cols) = experts or self.shape[0], self.shape
         if all(piece.transposed for piece in self.pieces):
-            return make((experts, cols, rows), dtype, self.device).transpose(1, 2)
-        return make(self.shape, dtype, self.device)
+            return make((count, cols, rows), dtype, self.device).transpose(1, 2)
+        return make((count, rows, cols), dtype, self.device)
 
     def frozen(self) -> Callable[[], Tensor]:
         """What builds the stack, in forward and again in backward; what can be wrong is looked at here, once."""

@@ -174,7 +174,7 @@ class FP8Piece:
         elif self.tensor.dtype not in DENSE_DTYPES:
             raise ValueError(f"{self.where}: expert weights are stored as {self.tensor.dtype}, expected FP8 or 16 bits")
 
-    def dequantize(self, experts: Sequence[int] | slice, wide: torch.dtype) -> Tensor:
+    def dequantize(self, experts: Sequence[int] | slice | Tensor, wide: torch.dtype) -> Tensor:
         """`(E', rows, cols)` in fp32 or fp64, as stored: not transposed."""
         values = _take(self.codes, experts).to(wide, copy=True)
         if not self.packed:
@@ -183,8 +183,8 @@ class FP8Piece:
         scales = scales if scales.shape[0] == 1 else _take(scales, experts)
         return self.grid().scale_(values, decode_scale(scales).to(wide))
 
-    def dequantize_into(self, out: Tensor) -> bool:
-        """One pass over the codes where the GPU converts FP8: `out (E, rows, cols)` gets all experts."""
+    def dequantize_into(self, out: Tensor, experts: Tensor | None = None) -> bool:
+        """One pass over the codes where the GPU converts FP8: `out (E', rows, cols)` gets these experts, or all."""
         codes = self.codes
         if not self.packed or out.dtype == torch.float64 or find_spec("triton") is None or codes.device.type != "cuda":
             return False
@@ -196,7 +196,11 @@ class FP8Piece:
         key = ("row index", codes.device)
         if key not in self._indices:
             self._indices[key] = grid.row_index(codes.device).to(torch.int32)
-        scales = decode_scale(self.scales()).float().contiguous()
+        scales = self.scales()
+        if experts is not None:
+            codes = _take(codes, experts)
+            scales = scales if scales.shape[0] == 1 else _take(scales, experts)
+        scales = decode_scale(scales).float().contiguous()
         dequantize_blocks(codes, scales, self._indices[key], grid.block_cols, out)
         return True
 
@@ -262,7 +266,7 @@ def _bits(tensor: Tensor) -> torch.dtype:
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
 
 
-def _take(tensor: Tensor, experts: Sequence[int] | slice) -> Tensor:
+def _take(tensor: Tensor, experts: Sequence[int] | slice | Tensor) -> Tensor:
     return tensor.view(_bits(tensor))[experts].view(tensor.dtype)
 
 

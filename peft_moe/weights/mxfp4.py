@@ -91,7 +91,7 @@ class _Piece4:
                 f"{tuple(blocks.shape)}; expected {(count, out, groups)}, one for each 32 values of a row."
             )
 
-    def dequantize(self, experts: Sequence[int] | slice, wide: torch.dtype) -> Tensor:
+    def dequantize(self, experts: Sequence[int] | slice | Tensor, wide: torch.dtype) -> Tensor:
         tensors = [tensor.detach()[experts] for tensor in self.parameters]
         if not self.packed:
             return tensors[0].to(wide)
@@ -100,7 +100,7 @@ class _Piece4:
         values.mul_(decode_scale(scales).to(wide).unsqueeze(-1))
         return values.view(*scales.shape[:2], -1)
 
-    def dequantize_into(self, out: Tensor) -> bool:
+    def dequantize_into(self, out: Tensor, experts: Tensor | None = None) -> bool:
         """There is no kernel for FP4 yet."""
         return False
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_moe.ops.routing import Gather, combine, has_sentinels, mask_rows, route
+from peft_moe.ops.routing import Gather, combine, compact, has_sentinels, mask_rows, route
 from tests.ops.cases import DTYPES, ROUTINGS, assert_close, draw_index, few, strided
 
 
@@ -38,6 +38,26 @@ def check_routing(index: Tensor, experts: int) -> None:
 @given(indices())
 def test_route(case: tuple[Tensor, int]) -> None:
     check_routing(*case)
+
+
+@few
+@given(indices())
+def test_compact(case: tuple[Tensor, int]) -> None:
+    """Every row finds its own expert in the slots, and only rows of an expert lie before the end."""
+    index, experts = case
+    if index.numel() == 0:
+        return
+    whole = route(index, experts, sentinels=True)
+    routing, slots = compact(whole, experts)
+    assert slots.shape == (min(index.numel(), experts),)
+    assert torch.equal(slots[routing.experts], whole.experts)
+    assert routing.offsets.dtype == torch.int32 and len(routing.offsets) == len(slots)
+    start = 0
+    for expert, end in zip(slots.tolist(), routing.offsets.tolist(), strict=True):
+        assert all(one == expert for one in whole.experts[start:end].tolist())
+        start = end
+    assert start == int((index < experts).sum())
+    assert torch.equal(routing.order, whole.order) and torch.equal(routing.inverse, whole.inverse)
 
 
 @pytest.mark.parametrize("experts", [128, 1024, 1025])
