@@ -18,7 +18,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from block import QWEN3_30B, Shape, contender, measure
+from block import SHAPES, Shape, contender, measure
 
 import peft_moe
 from peft_moe import routed
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     on_gpu = torch.cuda.is_available()
-    device, shape = torch.device("cuda" if on_gpu else "cpu"), QWEN3_30B if on_gpu else TINY
+    device, shape = torch.device("cuda" if on_gpu else "cpu"), SHAPES["qwen3-30b"] if on_gpu else TINY
     machine = torch.cuda.get_device_name() if on_gpu else "CPU (times mean nothing here)"
     print(
         f"{machine}; torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
