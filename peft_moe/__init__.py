@@ -4,6 +4,7 @@ Importing this package registers the tuner type `MOELORA` with PEFT and the meth
 transformers, and changes nothing else.
 """
 
+from .checkpoint.merge import merge_checkpoint
 from .checkpoint.packed import packed_config
 from .config import MoELoraConfig
 from .layer import MoELoraLayer
@@ -19,6 +20,7 @@ __all__ = [
     "MoELoraLayer",
     "MoELoraModel",
     "__version__",
+    "merge_checkpoint",
     "packed_config",
     "quantize_experts",
 ]

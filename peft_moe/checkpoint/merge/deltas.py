@@ -1,0 +1,126 @@
+"""What an adapter on disk changes: for each parameter of the model a delta, or a new value.
+
+Deltas are made when they are asked for, one linear or one expert at a time, in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...adapter import ProjectionAdapter, factors, magnitude
+from ...layouts import ProjectionSpec
+from ...merging import dora_delta
+from ...settings import AdapterSettings
+from ..tensor_file import TensorFile
+
+_NAME = "default"  # of the adapter, inside this file
+Read = Callable[[], Tensor]
+Loaded = tuple[Tensor, Tensor, Tensor | None]
+
+
+@dataclass(eq=False)
+class Replaced:
+    """A whole new value of a parameter: of a module in `modules_to_save`, or a trained bias."""
+
+    file: TensorFile
+    key: str
+
+    def value(self) -> Tensor:
+        """The new value."""
+        return self.file.read(self.key)
+
+
+@dataclass(eq=False)
+class LinearDelta:
+    """`scaling * B A` of a linear or an embedding. Attributes: keys: factor -> key."""
+
+    file: TensorFile
+    keys: dict[str, str]
+    scaling: float
+
+    def delta(self, slice_: int | None, weight: Read, device: torch.device) -> Tensor:
+        """`(out, in)` fp32. Args: weight: reads the base's, which DoRA needs."""
+        found = {name: self.file.read(key).to(device, torch.float32) for name, key in self.keys.items()}
+        if "lora_embedding_A" in found:
+            return (found["lora_embedding_B"] @ found["lora_embedding_A"]).T * self.scaling
+        low = (found["lora_B"] * self.scaling) @ found["lora_A"]
+        if "lora_magnitude_vector" not in found:
+            return low
+        return dora_delta(low, found["lora_magnitude_vector"].view(-1), weight())
+
+
+class ExpertFactors:
+    """The factors of one projection of one experts module.
+
+    Args:
+        keys: `(slot, factor)` -> key. scaling: the nominal one of the adapter.
+        count: of all experts. cache: shared by all projections of an adapter; the last one asked for stays in it.
+    """
+
+    def __init__(
+        self,
+        file: TensorFile,
+        keys: dict[tuple[str, str], str],
+        settings: AdapterSettings,
+        projection: ProjectionSpec,
+        scaling: float,
+        count: int,
+        cache: dict[ExpertFactors, Loaded],
+    ) -> None:
+        self.file, self.keys, self.settings, self.projection = file, keys, settings, projection
+        self.scaling, self.count, self.cache = scaling, count, cache
+
+    def load(self, device: torch.device) -> Loaded:
+        """A `(E', r', in)`, B `(E', out, r')` with the scaling in it, magnitudes `(E', out)` or `None`; fp32."""
+        if self not in self.cache:
+            self.cache.clear()
+            slots = {slot: ProjectionAdapter([]) for slot in self.settings.slots(self.projection)}
+            for (slot, factor), key in self.keys.items():
+                value = self.file.read(key).to(device, torch.float32)
+                getattr(slots[slot], factor)[_NAME] = nn.Parameter(value, requires_grad=False)
+            a, b = factors(slots, _NAME, self.settings, self.scaling, self.projection)
+            size = magnitude(slots, _NAME, self.settings, self.projection) if self.settings.use_dora else None
+            self.cache[self] = (a, b, size)
+        return self.cache[self]
+
+
+@dataclass(eq=False)
+class ExpertsDelta:
+    """What one parameter of an experts module gets: the rows of a projection that it holds.
+
+    Attributes:
+        rows: of the projection. transposed: the parameter holds `(in, out)`.
+        expert: whose parameter it is; `None`: it is a stack of all experts, changed slice by slice.
+        flat: the stack is a matrix, the experts under each other.
+    """
+
+    factors: ExpertFactors
+    rows: slice
+    transposed: bool = False
+    expert: int | None = None
+    flat: bool = False
+
+    def delta(self, slice_: int | None, weight: Read, device: torch.device) -> Tensor | None:
+        """fp32, in the form of the parameter (a slice of a stack has a first axis of one); `None`: no change.
+
+        Args: weight: reads the parameter, or its slice, which DoRA needs.
+        """
+        expert = slice_ if self.expert is None else self.expert
+        experts = self.factors.settings.experts
+        if expert is None or (experts is not None and expert not in experts):
+            return None
+        position = expert if experts is None else experts.index(expert)
+        a, b, size = self.factors.load(device)
+        delta = b[position, self.rows] @ a[position]
+        if size is not None:
+            base = weight().flatten(0, -2)
+            delta = dora_delta(delta, size[position, self.rows], base.T if self.transposed else base)
+        delta = delta.T if self.transposed else delta
+        return delta if self.expert is not None or self.flat else delta.unsqueeze(0)
+
+
+Change = Replaced | LinearDelta | ExpertsDelta
