@@ -14,12 +14,12 @@ from ...weights.requantized import SIZEABLE
 from .binding import AdapterFiles
 from .edits import Edit, edits_of
 from .names import match_names
-from .plan import Plan, check_readable, make_plan, quantization_of
+from .plan import check_readable, make_plan, quantization_of
 from .sidecar import config_of, index_of, other_files
 from .skeleton import aliases_of, kept_in_fp32, skeletons
 from .source import Source, adapter_folder
 from .stored import Stored, open_stored
-from .writer import STATE, Run, copy_file, fingerprint, write_file
+from .writer import Run, copy_file, fingerprint, write_file
 
 __all__ = ["MergeResult", "merge_checkpoint"]
 logger = logging.getLogger("peft_moe")

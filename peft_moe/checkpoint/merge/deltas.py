@@ -111,8 +111,8 @@ class ExpertsDelta:
         """
         expert = slice_ if self.expert is None else self.expert
         experts = self.factors.settings.experts
-        if expert is None or (experts is not None and expert not in experts):
-            return None
+        if expert is None or expert not in self.factors.settings.adapted(self.factors.count):
+            return None  # also identity experts, which some stacks hold behind the routed ones
         position = expert if experts is None else experts.index(expert)
         a, b, size = self.factors.load(device)
         delta = b[position, self.rows] @ a[position]

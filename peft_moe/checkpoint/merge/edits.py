@@ -34,7 +34,7 @@ class Edit:
         return self.group.replaced
 
     def delta(self, expert: int | None, device: torch.device) -> Tensor | None:
-        """What to add to the tensor (or to the slice of one expert, with a first axis of one), fp32; `None`: nothing."""
+        """What to add to it (or to the slice of one expert, with a first axis of one), fp32; `None`: nothing."""
         made = self.group.make(self.slice_ if expert is None else expert, device)
         return None if made is None else made[self.pattern]
 
@@ -99,8 +99,8 @@ class Merging:
         stacked = any(isinstance(one, ExpertsDelta) and one.expert is None for one in self.changes.values())
         if self.replaced is not None and (self.group.converter is not None or len(self.changes) > 1):
             raise ValueError(
-                f"{next(iter(self.changes))}: `modules_to_save` replaces it, and the checkpoint holds it in another form "
-                f"({sorted(self.group.sources)}); load the model and use `merge_and_unload`"
+                f"{next(iter(self.changes))}: `modules_to_save` replaces it, and the checkpoint holds it in another "
+                f"form ({sorted(self.group.sources)}); load the model and use `merge_and_unload`"
             )
         if stacked:
             self.group.check_slices()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,6 @@ class Group:
     parameters: dict[str, str]
     sources: dict[str, list[str]]
     converter: Any = None
-    _last: tuple[Any, dict[str, Tensor]] | None = field(default=None, repr=False)
 
     @property
     def listed(self) -> bool:
@@ -69,15 +68,15 @@ class Group:
         Raises `ValueError` if what comes out has another shape than the checkpoint's tensors.
         """
         if self.converter is None:
-            (value,) = values.values()
-            found = {next(iter(self.sources)): value}
+            (only,) = values.values()
+            found: dict[str, Any] = {next(iter(self.sources)): only}
         else:
             found = self._run_back({pattern: [values[name]] for pattern, name in self.parameters.items()}, slice_)
         result = {}
         for pattern, names in self.sources.items():
             name = names[slice_] if self.listed and slice_ is not None else names[0]
-            expected, value = shape_of(name), found[pattern.replace("*", "0") if self.listed else pattern]
-            value = value[0] if isinstance(value, list) else value
+            expected, made = shape_of(name), found[pattern.replace("*", "0") if self.listed else pattern]
+            value: Tensor = made[0] if isinstance(made, list) else made
             if slice_ is not None and not self.listed:
                 expected = (1, *expected[1:])
             if self._either_way and value.shape != expected and value.transpose(-1, -2).shape == expected:

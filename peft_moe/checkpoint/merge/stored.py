@@ -78,8 +78,8 @@ class StoredFP8(Stored):
         if self.scale is None:
             raise ValueError(
                 f"{self.key} is stored as {self.code} and the checkpoint has no scale for it: looked for "
-                f"{', '.join(scale_names(self.key.rpartition('.')[2]))} beside it, in all files. FP8 codes mean nothing "
-                "without their scale."
+                f"{', '.join(scale_names(self.key.rpartition('.')[2]))} beside it, in all files. FP8 codes mean "
+                "nothing without their scale."
             )
 
     def piece(self, first: int, last: int, device: torch.device) -> FP8Piece:
@@ -182,8 +182,8 @@ def _open(source: Source, key: str, block: tuple[int, int] | None, below: list[s
     if any(one.startswith((f"{key}.quant_state.", f"{key}.absmax")) for one in below):
         return StoredBnb(source, key, tuple(below))
     if entry.code == "I8" and leaf == "weight" and f"{start}SCB" in source:
-        beside = (f"{start}SCB", f"{start}weight_format")
-        return StoredBnb(source, key, tuple(one for one in beside if one in source))
+        statistics = (f"{start}SCB", f"{start}weight_format")
+        return StoredBnb(source, key, tuple(one for one in statistics if one in source))
     if leaf.endswith("_blocks") and entry.code == "U8" and f"{key.removesuffix('_blocks')}_scales" in source:
         return StoredMXFP4(source, key, f"{key.removesuffix('_blocks')}_scales")
     if entry.dtype in FLOAT8:

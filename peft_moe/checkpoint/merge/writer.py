@@ -91,8 +91,8 @@ class Run:
             found = json.loads(state.read_text())
             if found["fingerprint"] != self.fingerprint:
                 raise ValueError(
-                    f"{self.folder} holds an unfinished merge of another base, adapter or dtype, or by another version. "
-                    "Remove the folder, or name another one."
+                    f"{self.folder} holds an unfinished merge of another base, adapter or dtype, or another "
+                    "version's. Remove the folder, or name another one."
                 )
             self.partial = found["partial"]
         elif self.folder.exists() and any(self.folder.iterdir()):
