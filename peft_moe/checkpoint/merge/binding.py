@@ -63,11 +63,13 @@ class AdapterFiles:
         linears = {key: shape for key, shape in shapes.items() if key not in set(used)}
         native.check_linears(linears, model, self.config, self.name)
         known = model.state_dict()
+        replaced: dict[str, Replaced] = {}
         for key in linears:
             path = native.full_key(key).removeprefix(native.PREFIX)
             found = _LINEAR.fullmatch(path)
-            if found is None and path in known:
-                changes[path] = Replaced(self.tensors, key)
+            plain = path.replace(".base_layer.", ".")
+            if found is None and plain in known and plain not in replaced:
+                replaced[plain] = Replaced(self.tensors, key)
             elif found is not None and f"{found.group(1)}.weight" in known:
                 one = changes.setdefault(f"{found.group(1)}.weight", self._linear(found.group(1)))
                 assert isinstance(one, LinearDelta)
@@ -75,6 +77,10 @@ class AdapterFiles:
             else:
                 continue
             used.append(key)
+        for parameter, new in replaced.items():
+            one = changes.setdefault(parameter, new)
+            if isinstance(one, LinearDelta):
+                one.instead = new
         _check_used(shapes, used, self.name)
         for parameter, change in changes.items():
             _check_value(change, parameter, known[parameter], shapes, self.name)
@@ -150,12 +156,16 @@ def _check_value(
     """Raise `ValueError` for a linear's change that does not have the shape of its parameter, or is not whole."""
     if isinstance(change, ExpertsDelta):
         return
+    if isinstance(change, LinearDelta) and change.instead is not None:
+        _check_value(change.instead, parameter, value, shapes, adapter)
     if isinstance(change, Replaced):
         key, found = change.key, shapes[change.key]
     else:
         names = set(change.keys) - {"lora_magnitude_vector"}
         embedding = "lora_embedding_A" in change.keys
         wanted = {"lora_embedding_A", "lora_embedding_B"} if embedding else {"lora_A", "lora_B"}
+        if embedding and "lora_magnitude_vector" in change.keys:
+            raise ValueError(f"adapter {adapter!r}: {parameter}: DoRA on embeddings is not merged on disk")
         if names != wanted:
             raise ValueError(f"adapter {adapter!r}: {parameter}: found {sorted(names)}, expected {sorted(wanted)}")
         key = next(iter(change.keys.values()))

@@ -29,6 +29,15 @@ class Replaced:
     file: TensorFile
     key: str
 
+    @property
+    def instead(self) -> Replaced | None:
+        """What takes the place of the base's value."""
+        return self
+
+    def delta(self, slice_: int | None, weight: Read, device: torch.device) -> Tensor | None:
+        """Nothing is added."""
+        return None
+
     def value(self) -> Tensor:
         """The new value."""
         return self.file.read(self.key)
@@ -36,11 +45,15 @@ class Replaced:
 
 @dataclass(eq=False)
 class LinearDelta:
-    """`scaling * B A` of a linear or an embedding. Attributes: keys: factor -> key."""
+    """`scaling * B A` of a linear or an embedding.
+
+    Attributes: keys: factor -> key. instead: a new value to add it to (PEFT saves embeddings that are adapted).
+    """
 
     file: TensorFile
     keys: dict[str, str]
     scaling: float
+    instead: Replaced | None = None
 
     def delta(self, slice_: int | None, weight: Read, device: torch.device) -> Tensor:
         """`(out, in)` fp32. Args: weight: reads the base's, which DoRA needs."""
@@ -103,6 +116,7 @@ class ExpertsDelta:
     transposed: bool = False
     expert: int | None = None
     flat: bool = False
+    instead: Replaced | None = None
 
     def delta(self, slice_: int | None, weight: Read, device: torch.device) -> Tensor | None:
         """fp32, in the form of the parameter (a slice of a stack has a first axis of one); `None`: no change.

@@ -30,7 +30,7 @@ class Edit:
 
     @property
     def replaced(self) -> Replaced | None:
-        """The new value, where there is no delta."""
+        """The value that takes the place of the base's."""
         return self.group.replaced
 
     def delta(self, expert: int | None, device: torch.device) -> Tensor | None:
@@ -50,8 +50,8 @@ class Merging:
 
     @property
     def replaced(self) -> Replaced | None:
-        found = [one for one in self.changes.values() if isinstance(one, Replaced)]
-        return found[0] if found else None
+        """The new value of the group, where it has one."""
+        return next((one.instead for one in self.changes.values() if one.instead is not None), None)
 
     def make(self, slice_: int | None, device: torch.device) -> dict[str, Tensor] | None:
         """Pattern -> delta in the form of the checkpoint. The last one is kept: gate and up are often neighbours."""
@@ -62,7 +62,6 @@ class Merging:
     def _make(self, slice_: int | None, device: torch.device) -> dict[str, Tensor] | None:
         deltas: dict[str, Tensor] = {}
         for parameter, change in self.changes.items():
-            assert not isinstance(change, Replaced)
 
             def weight(parameter: str = parameter) -> Tensor:
                 return self.group.to_parameter(lambda name, one: self._read(name, one, device), parameter, slice_)

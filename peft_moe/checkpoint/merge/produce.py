@@ -59,14 +59,15 @@ class Plain(Output):
     edit: Edit | None
 
     def parts(self, device: torch.device) -> Iterator[Any]:
-        if self.edit is not None and self.edit.replaced is not None:
-            yield buffer(self.edit.replaced.value().to(DTYPES[self.code]))
-            return
+        replaced = None if self.edit is None else self.edit.replaced
         dtype = DTYPES[self.code]
         double = torch.float64 in (dtype, self.stored.dtype)
         wide = torch.float64 if double else torch.float32
         for first, last, expert in blocks(self.stored, self.edit):
-            values = self.stored.read(first, last, wide, device)
+            if replaced is None:
+                values = self.stored.read(first, last, wide, device)
+            else:
+                values = replaced.value().to(device, wide)
             delta = None if self.edit is None else self.edit.delta(expert, device)
             if delta is not None:
                 values += delta.to(wide)

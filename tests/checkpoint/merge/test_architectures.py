@@ -1,0 +1,132 @@
+"""Merged on disk, a checkpoint loads in stock transformers with the weights and logits of `merge_and_unload`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from peft_moe import merge_checkpoint
+from tests.checkpoint.golden_cases import CASES, HOME, WRITERS, load_base, logits
+from tests.checkpoint.merge.cases import assert_same_weights, case, merge, output, write_adapter
+from tests.weights.checkpoints import read
+from tests.zoo import ENTRIES
+
+# Text models that are saved alone; transformers 4 has no type for the config of these.
+NO_CONFIG = {"qwen3_omni_moe_text", "Glm4vMoe_text"}
+NAMES = [name for name in ENTRIES if name != "doge" and name not in NO_CONFIG]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_architecture(name: str, tmp_path: Path) -> None:
+    base, merged = case(name, tmp_path, target_modules="all-linear")
+    result = merge(tmp_path)
+    assert result.path == tmp_path / "out" and 0 < result.merged <= result.tensors
+    attention = base.config._attn_implementation
+    again = type(base).from_pretrained(tmp_path / "out", attn_implementation=attention).eval()
+    assert_same_weights(again, merged)
+    found, changed = output(again, name), output(base, name)
+    torch.testing.assert_close(found, output(merged, name), rtol=1e-5, atol=1e-5)
+    assert (found - changed).norm() > 1e-3 * changed.norm(), "the adapter does nothing"
+    assert set(read(tmp_path / "out")) == set(read(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("name", CASES)
+def test_adapters_of_either_version(name: str, writer: str, tmp_path: Path) -> None:
+    """Between them: DoRA on experts and linears, ranks that differ, gate and up apart, some experts, rsLoRA."""
+    home = HOME / name
+    merge_checkpoint(home / "base", home / writer, tmp_path / "out", progress=False)
+    expected = load_file(home / writer / "logits.safetensors")["adapted"]
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").float().eval()
+    torch.testing.assert_close(logits(found), expected, rtol=1e-4, atol=1e-4)
+    merged = PeftModel.from_pretrained(load_base(name), home / writer).merge_and_unload()
+    assert_same_weights(found, merged, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_rounded_once(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    base = ENTRIES[name].build().to(dtype)
+    base.save_pretrained(tmp_path / "base")
+    model = write_adapter(base, tmp_path / "adapter", target_modules=[])
+    merge(tmp_path)
+    again = type(base).from_pretrained(tmp_path / "out", dtype=dtype).eval()
+    assert_same_weights(again, model.merge_and_unload())
+
+
+def test_what_is_stored_in_full_is_replaced(tmp_path: Path) -> None:
+    """`modules_to_save`, and biases that were trained."""
+    base = ENTRIES["gpt_oss"].build()
+    base.save_pretrained(tmp_path / "base")
+    options = {"modules_to_save": ["lm_head"], "bias": "all", "target_experts": []}
+    model = write_adapter(base, tmp_path / "adapter", **options)
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if value.requires_grad and "lora_" not in key:
+                value.add_(torch.randn_like(value))
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    merge(tmp_path)
+    again = type(base).from_pretrained(tmp_path / "out").eval()
+    assert_same_weights(again, merged, 1e-6)
+    assert not torch.equal(again.lm_head.weight, base.lm_head.weight)
+    assert not torch.equal(again.model.layers[0].self_attn.q_proj.bias, base.model.layers[0].self_attn.q_proj.bias)
+
+
+def test_embeddings_and_shared_factors(tmp_path: Path) -> None:
+    options = {"target_modules": ["embed_tokens", "q_proj"], "share_experts": "outer"}
+    base = ENTRIES["qwen3_moe"].build()
+    base.save_pretrained(tmp_path / "base")
+    model = write_adapter(base, tmp_path / "adapter", **options)
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if "lora_embedding" in key:
+                value.copy_(torch.randn_like(value) * 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path)
+    again = type(base).from_pretrained(tmp_path / "out").eval()
+    assert_same_weights(again, model.merge_and_unload(), 1e-6)
+    assert not torch.equal(again.model.embed_tokens.weight, base.model.embed_tokens.weight)
+
+
+def test_a_plain_lora_of_peft(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = ENTRIES["qwen3_moe"].build()
+    base.save_pretrained(tmp_path / "base")
+    pattern = {"rank_pattern": {"o_proj": 5}, "alpha_pattern": {"q_proj": 9}, "use_dora": True}
+    model = get_peft_model(
+        base, LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False, **pattern)
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    merge(tmp_path)
+    assert_same_weights(type(merged).from_pretrained(tmp_path / "out"), merged, 1e-6)
+
+
+def test_another_dtype(tmp_path: Path) -> None:
+    base, merged = case("deepseek_v3", tmp_path)
+    merge(tmp_path, dtype="bfloat16")
+    found = read(tmp_path / "out")
+    correction = [key for key in found if key.endswith("e_score_correction_bias")]
+    assert {value.dtype for key, value in found.items() if key not in correction} == {torch.bfloat16}
+    again = type(base).from_pretrained(tmp_path / "out", dtype="auto").eval()
+    assert again.dtype == torch.bfloat16
+    wanted = merged.to(torch.bfloat16).state_dict()
+    for key, value in again.state_dict().items():
+        torch.testing.assert_close(value.float(), wanted[key].float(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_checkpoint_without_the_prefix_of_the_model(tmp_path: Path) -> None:
+    """Saved from the bare model, adapted as a causal LM."""
+    base = ENTRIES["qwen3_moe"].build()
+    base.model.save_pretrained(tmp_path / "base")
+    merged = write_adapter(base, tmp_path / "adapter").merge_and_unload()
+    merge(tmp_path)
+    assert not any(key.startswith("model.") for key in read(tmp_path / "out"))
+    assert_same_weights(type(base.model).from_pretrained(tmp_path / "out"), merged.model)
