@@ -61,7 +61,6 @@ class AdapterFiles:
         shapes = self.shapes()
         changes, used = self._experts(model, shapes)
         linears = {key: shape for key, shape in shapes.items() if key not in set(used)}
-        native.check_linears(linears, model, self.config, self.name)
         known = model.state_dict()
         replaced: dict[str, Replaced] = {}
         for key in linears:
@@ -82,6 +81,7 @@ class AdapterFiles:
             if isinstance(one, LinearDelta):
                 one.instead = new
         _check_used(shapes, used, self.name)
+        native.check_linears(linears, model, self.config, self.name)
         for parameter, change in changes.items():
             _check_value(change, parameter, known[parameter], shapes, self.name)
         return changes

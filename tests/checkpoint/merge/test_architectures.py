@@ -29,9 +29,13 @@ def test_every_architecture(name: str, tmp_path: Path) -> None:
     attention = base.config._attn_implementation
     again = type(base).from_pretrained(tmp_path / "out", attn_implementation=attention).eval()
     assert_same_weights(again, merged)
-    found, changed = output(again, name), output(base, name)
-    torch.testing.assert_close(found, output(merged, name), rtol=1e-5, atol=1e-5)
-    assert (found - changed).norm() > 1e-3 * changed.norm(), "the adapter does nothing"
+    # The catalogue changes some models after they are built, so both sides of the comparison come from files.
+    wanted = type(base).from_pretrained(tmp_path / "base", attn_implementation=attention).eval()
+    before = output(wanted, name)
+    wanted.load_state_dict(merged.state_dict())
+    found = output(again, name)
+    torch.testing.assert_close(found, output(wanted, name), rtol=1e-6, atol=1e-6)
+    assert (found - before).norm() > 1e-3 * before.norm(), "the adapter does nothing"
     assert set(read(tmp_path / "out")) == set(read(tmp_path / "base"))
 
 

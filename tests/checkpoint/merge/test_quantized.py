@@ -67,7 +67,9 @@ def test_sixteen_bits_by_default(tmp_path: Path) -> None:
     merged, _ = packed_case("qwen3_moe", tmp_path)
     merge(tmp_path)
     packed = {key.removesuffix("_scale_inv") for key in read(tmp_path / "base") if key.endswith("_scale_inv")}
-    assert packed and {value.dtype for key, value in read(tmp_path / "out").items() if key in packed} == {torch.bfloat16}
+    assert packed and {value.dtype for key, value in read(tmp_path / "out").items() if key in packed} == {
+        torch.bfloat16
+    }
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "bfloat16" and "quantization_config" not in config
     again = type(merged).from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -101,7 +103,7 @@ def test_fp8_stays_fp8(kind: str, apart: bool, tmp_path: Path) -> None:
         wanted = plain[key].detach().double()
         error = (codes.double() * scale.double() - wanted).abs()
         assert (error <= wanted.abs() * 2**-4 + scale.double() * 2**-9).all(), key
-        adapted = any(part in key for part in ATTENTION)
+        adapted = any(part in key for part in [*ATTENTION, ".experts."])
         same = torch.equal(codes.view(torch.uint8), before[key].view(torch.uint8))
         assert same != adapted, key
         changed += adapted
@@ -120,8 +122,9 @@ def test_requantized_experts_load_packed(tmp_path: Path) -> None:
     path = tmp_path / "out"
     again = AutoModelForCausalLM.from_pretrained(path, config=packed_config(str(path)), dtype=torch.float32).eval()
     inputs = ENTRIES["qwen3_moe"].inputs(merged)
+    before = logits(type(merged).from_pretrained(tmp_path / "dense"), inputs)
     wanted, found = logits(merged, inputs), logits(again, inputs)
-    assert (found - wanted).norm() < 0.1 * wanted.norm()
+    assert (found - wanted).norm() < 0.3 * (wanted - before).norm()
 
 
 def test_codes_without_a_scale(tmp_path: Path) -> None:
