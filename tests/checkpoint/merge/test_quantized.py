@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from peft_moe import BnbExpertsConfig
 from tests.checkpoint.merge.cases import ATTENTION, assert_same_weights, files_of, merge, write_adapter
-from tests.weights.checkpoints import dense_twin, read, save_shards, write_fp8
+from tests.weights.checkpoints import dense_twin, read, save_shards, set_quantization, write_fp8
+from tests.weights.quantized import encode, encode_stack
 from tests.weights.test_mxfp4 import write_gpt_oss
 from tests.zoo import ENTRIES
 
@@ -108,8 +109,56 @@ def test_fp8_stays_fp8(kind: str, apart: bool, tmp_path: Path) -> None:
         assert same != adapted, key
         changed += adapted
     assert changed
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["quantization_config"] == json.loads((tmp_path / "base" / "config.json").read_text())["quantization_config"]  # fmt: skip
+    blocks = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("base", "out")]
+    assert blocks[0]["quantization_config"] == blocks[1]["quantization_config"]
+
+
+def _stacked(folder: Path, scales: str) -> Any:
+    """Llama 4 with the experts of a stack in FP8. Returns the dense twin. `scales`: how many scales a stack has."""
+    twin: Any = ENTRIES["llama4_text"].build()
+    twin.save_pretrained(folder)
+    tensors = read(folder)
+    (folder / "model.safetensors").unlink()
+    for key in [key for key in tensors if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        stack = tensors[key]
+        block = (32, 32) if scales == "block" else tuple(stack.shape[1:])
+        if scales == "one":
+            codes, scale, exact = encode(stack.flatten(0, 1), (stack.shape[0] * stack.shape[1], stack.shape[2]))
+            tensors[key], scale, exact = codes.view(stack.shape), scale.reshape(()), exact.view(stack.shape)
+        else:
+            tensors[key], scale, exact = encode_stack(stack, block)
+            scale = scale.flatten() if scales == "expert" else scale
+        tensors[f"{key}_scale_inv"] = scale.float()
+        twin.get_parameter(key).data.copy_(exact)
+    save_shards(tensors, folder)
+    set_quantization(folder, {"quant_method": "fp8", "weight_block_size": [32, 32]})
+    return twin
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+@pytest.mark.parametrize("scales", ["block", "expert", "one"])
+def test_stacks_in_fp8(scales: str, requantize: bool, tmp_path: Path) -> None:
+    twin = _stacked(tmp_path / "base", scales)
+    options = {"expert_indices": [1, 3], "target_experts": ["gate_up_proj"]}
+    merged = write_adapter(twin, tmp_path / "adapter", **options).merge_and_unload()
+    if not requantize:
+        merge(tmp_path, dtype=torch.float32)
+        assert_same_weights(type(twin).from_pretrained(tmp_path / "out"), merged, 1e-6)
+        return
+    merge(tmp_path, requantize=True)
+    before, after = read(tmp_path / "base"), read(tmp_path / "out")
+    for key in (key for key in after if after[key].dtype == FP8):
+        scale, wanted = after[f"{key}_scale_inv"].double(), merged.get_parameter(key).detach().double()
+        for expert in range(4):
+            of_expert = scale if scale.dim() == 0 else scale[expert]
+            if of_expert.dim() == 2:
+                rows, cols = wanted.shape[1:]
+                of_expert = of_expert.repeat_interleave(32, 0)[:rows].repeat_interleave(32, 1)[:, :cols]
+            error = (after[key][expert].double() * of_expert - wanted[expert]).abs()
+            assert (error <= wanted[expert].abs() * 2**-4 + of_expert * 2**-9).all(), (key, expert)
+            same = torch.equal(after[key][expert].view(torch.uint8), before[key][expert].view(torch.uint8))
+            adapted = "gate_up" in key and (expert in (1, 3) or scales == "one")
+            assert same != adapted, (key, expert)
 
 
 def test_requantized_experts_load_packed(tmp_path: Path) -> None:
