@@ -21,7 +21,7 @@ from .source import Source, adapter_folder
 from .stored import Stored, open_stored
 from .writer import Run, copy_file, fingerprint, write_file
 
-__all__ = ["MergeResult", "merge_checkpoint"]
+__all__ = ["MergeResult", "bind", "merge_checkpoint"]
 logger = logging.getLogger("peft_moe")
 _VERSION = 1  # of the bytes that a run writes: an unfinished one of another version is not continued
 
@@ -82,7 +82,7 @@ def merge_checkpoint(
         if out.resolve() == folder.resolve():
             raise ValueError(f"{out}: the result cannot take the place of what it is made of; name another folder")
     stored = open_stored(base, check_readable(quantization_of(base.config), base.folder))
-    edits, model = _bind(base, adapter, stored, trust_remote_code)
+    edits, model = bind(base, adapter, stored, trust_remote_code)
     plan = make_plan(base, stored, edits, dtype, requantize, kept_in_fp32(model))
     others = list(other_files(base))
     size = sum((base.folder / name).stat().st_size for name in others)
@@ -118,7 +118,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     raise ValueError(f"`dtype={dtype!r}` is none of bfloat16, float16, float32 and float64")
 
 
-def _bind(
+def bind(
     base: Source, adapter: AdapterFiles, stored: dict[str, Stored], trust_remote_code: bool
 ) -> tuple[dict[str, Edit], Any]:
     """The edits, by the first class of model that the adapter fits."""
@@ -138,5 +138,5 @@ def _fingerprint(base: Source, adapter: AdapterFiles, dtype: torch.dtype | None,
         stat = shard.path.stat()
         parts += [name, stat.st_size, stat.st_mtime_ns, shard.header]
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        parts.append((adapter.folder / name).read_bytes())
+        parts.append(adapter.folder / name)
     return fingerprint(parts)

@@ -25,18 +25,20 @@ _LINEAR = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lo
 class AdapterFiles:
     """An adapter on disk.
 
+    Args: stock: let adapters of PEFT's `target_parameters` pass, to be looked at.
+
     Attributes: config: its config. tensors: its file. name: for messages.
 
     Raises `ValueError` for a kind of adapter that cannot be merged on disk.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stock: bool = False) -> None:
         self.folder, self.name = folder, folder.name
         self.config: Any = PeftConfig.from_pretrained(str(folder))
         self.tensors = TensorFile(folder / "adapter_model.safetensors")
         if not isinstance(self.config, LoraConfig):
             raise ValueError(f"{folder}: its type is {self.config.peft_type}, expected MOELORA or LORA")
-        if getattr(self.config, "target_parameters", None):
+        if getattr(self.config, "target_parameters", None) and not stock:
             raise ValueError(
                 f"{folder} is an adapter of PEFT's `target_parameters`, whose experts lie in another layout. Convert "
                 "it first: `peft_moe.import_adapter(src, dst)`, or `peft-moe convert`."
@@ -70,7 +72,9 @@ class AdapterFiles:
             if found is None and plain in known and plain not in replaced:
                 replaced[plain] = Replaced(self.tensors, key)
             elif found is not None and f"{found.group(1)}.weight" in known:
-                one = changes.setdefault(f"{found.group(1)}.weight", self._linear(found.group(1)))
+                linear = found.group(1)
+                made = LinearDelta(self.tensors, {}, self.linear_scaling(linear))
+                one = changes.setdefault(f"{linear}.weight", made)
                 assert isinstance(one, LinearDelta)
                 one.keys[found.group(2)] = key
             else:
@@ -86,11 +90,12 @@ class AdapterFiles:
             _check_value(change, parameter, known[parameter], shapes, self.name)
         return changes
 
-    def _linear(self, path: str) -> LinearDelta:
+    def linear_scaling(self, path: str) -> float:
+        """Of the linear at a path."""
         ranks, alphas = self.config.rank_pattern, self.config.alpha_pattern
         rank = ranks.get(get_pattern_key(ranks.keys(), path), self.config.r)
         alpha = alphas.get(get_pattern_key(alphas.keys(), path), self.config.lora_alpha)
-        return LinearDelta(self.tensors, {}, scaling_of(self.config, alpha, rank))
+        return scaling_of(self.config, alpha, rank)
 
     def _experts(self, model: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Change], list[str]]:
         config = self.config

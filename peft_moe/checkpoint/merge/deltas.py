@@ -60,10 +60,18 @@ class LinearDelta:
         found = {name: self.file.read(key).to(device, torch.float32) for name, key in self.keys.items()}
         if "lora_embedding_A" in found:
             return (found["lora_embedding_B"] @ found["lora_embedding_A"]).T * self.scaling
-        low = (found["lora_B"] * self.scaling) @ found["lora_A"]
-        if "lora_magnitude_vector" not in found:
-            return low
-        return dora_delta(low, found["lora_magnitude_vector"].view(-1), weight())
+        a, b, size = self._factors(found)
+        return b @ a if size is None else dora_delta(b @ a, size, weight())
+
+    def low_rank(self, slice_: int | None, device: torch.device) -> Loaded | None:
+        """A `(r, in)`, B `(out, r)` with the scaling in it, magnitudes `(out,)`; `None` for an embedding."""
+        if "lora_embedding_A" in self.keys:
+            return None
+        return self._factors({name: self.file.read(key).to(device, torch.float32) for name, key in self.keys.items()})
+
+    def _factors(self, found: dict[str, Tensor]) -> Loaded:
+        size = found.get("lora_magnitude_vector")
+        return found["lora_A"], found["lora_B"] * self.scaling, None if size is None else size.view(-1)
 
 
 class ExpertFactors:
@@ -123,18 +131,26 @@ class ExpertsDelta:
 
         Args: weight: reads the parameter, or its slice, which DoRA needs.
         """
-        expert = slice_ if self.expert is None else self.expert
-        experts = self.factors.settings.experts
-        if expert is None or expert not in self.factors.settings.adapted(self.factors.count):
-            return None  # also identity experts, which some stacks hold behind the routed ones
-        position = expert if experts is None else experts.index(expert)
-        a, b, size = self.factors.load(device)
-        delta = b[position, self.rows] @ a[position]
+        low = self.low_rank(slice_, device)
+        if low is None:
+            return None
+        a, b, size = low
+        delta = b @ a
         if size is not None:
             base = weight().flatten(0, -2)
-            delta = dora_delta(delta, size[position, self.rows], base.T if self.transposed else base)
+            delta = dora_delta(delta, size, base.T if self.transposed else base)
         delta = delta.T if self.transposed else delta
         return delta if self.expert is not None or self.flat else delta.unsqueeze(0)
+
+    def low_rank(self, slice_: int | None, device: torch.device) -> Loaded | None:
+        """A `(r, in)`, B `(rows, r)` with the scaling in it, magnitudes `(rows,)` of one expert; `None`: no adapter."""
+        expert = slice_ if self.expert is None else self.expert
+        if expert is None or expert not in self.factors.settings.adapted(self.factors.count):
+            return None  # also identity experts, which some stacks hold behind the routed ones
+        experts = self.factors.settings.experts
+        position = expert if experts is None else experts.index(expert)
+        a, b, size = self.factors.load(device)
+        return a[position], b[position, self.rows], None if size is None else size[position, self.rows]
 
 
 Change = Replaced | LinearDelta | ExpertsDelta

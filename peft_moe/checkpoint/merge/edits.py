@@ -41,12 +41,15 @@ class Edit:
 
 @dataclass(eq=False)
 class Merging:
-    """One group of parameters with their changes. Args: stored: of the checkpoint, by name."""
+    """One group of parameters with their changes.
+
+    Attributes: stored: of the checkpoint, by name. cache: shared by all groups; the deltas made last stay in it.
+    """
 
     group: Group
     changes: dict[str, Change]
     stored: Mapping[str, Stored]
-    _last: tuple[Any, dict[str, Tensor] | None] | None = field(default=None, repr=False)
+    cache: dict[Any, dict[str, Tensor] | None] = field(default_factory=dict, repr=False)
 
     @property
     def replaced(self) -> Replaced | None:
@@ -55,16 +58,18 @@ class Merging:
 
     def make(self, slice_: int | None, device: torch.device) -> dict[str, Tensor] | None:
         """Pattern -> delta in the form of the checkpoint. The last one is kept: gate and up are often neighbours."""
-        if self._last is None or self._last[0] != slice_:
-            self._last = (slice_, self._make(slice_, device))
-        return self._last[1]
+        key = (self, slice_)
+        if key not in self.cache:
+            self.cache.clear()
+            self.cache[key] = self._make(slice_, device)
+        return self.cache[key]
 
     def _make(self, slice_: int | None, device: torch.device) -> dict[str, Tensor] | None:
         deltas: dict[str, Tensor] = {}
         for parameter, change in self.changes.items():
 
             def weight(parameter: str = parameter) -> Tensor:
-                return self.group.to_parameter(lambda name, one: self._read(name, one, device), parameter, slice_)
+                return self.read(parameter, slice_, device)
 
             found = change.delta(slice_, weight, device)
             if found is not None:
@@ -79,6 +84,20 @@ class Merging:
             (only,), (pattern,) = deltas.values(), self.group.sources
             return {pattern: only}
         return self.group.to_source(deltas, lambda name: self.stored[name].shape, slice_)
+
+    def read(self, parameter: str, slice_: int | None, device: torch.device, merged: bool = False) -> Tensor:
+        """A parameter of the model, or a slice of it with a first axis of one, fp32, from the checkpoint's tensors.
+
+        Args: merged: with the deltas, added in the form of the checkpoint.
+        """
+        deltas = self.make(slice_, device) if merged else None
+        patterns = {name: pattern for pattern, names in self.group.sources.items() for name in names}
+
+        def one(name: str, index: int | None) -> Tensor:
+            value = self._read(name, index, device)
+            return value if deltas is None else value + deltas[patterns[name]]
+
+        return self.group.to_parameter(one, parameter, slice_)
 
     @property
     def _flat(self) -> int | None:
@@ -134,9 +153,10 @@ def edits_of(
             "(then load the model and use `merge_and_unload`)?"
         )
     merged: dict[int, Merging] = {}
+    cache: dict[Any, Any] = {}
     for parameter, change in changes.items():
         group = groups[parameter]
-        merged.setdefault(id(group), Merging(group, {}, stored)).changes[parameter] = change
+        merged.setdefault(id(group), Merging(group, {}, stored, cache)).changes[parameter] = change
     found: dict[str, Edit] = {}
     for one in merged.values():
         found |= one.edits()

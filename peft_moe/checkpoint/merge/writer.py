@@ -179,9 +179,14 @@ class Run:
 
 
 def fingerprint(parts: list[Any]) -> str:
-    """Of what a result depends on."""
+    """Of what a result depends on. Args: parts: bytes, paths of files (their content counts), and what JSON can say."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                while chunk := file.read(2**20):
+                    digest.update(chunk)
+        else:
+            digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
         digest.update(b"\0")
     return digest.hexdigest()
