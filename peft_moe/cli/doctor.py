@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from .. import __version__
 from .output import AsJson, command, facts, table
 
 _ASKED = ("peft-moe", "torch", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes", "triton", "kernels")
@@ -58,7 +59,7 @@ def _package(name: str) -> dict[str, Any]:
     try:
         found: str | None = version(name)
     except PackageNotFoundError:
-        found = None
+        found = __version__ if name == "peft-moe" else None  # run from a folder of sources
     needed = _needed().get(name, "")
     fits = bool(found) and _fits(found or "", needed) if needed else True
     return {"name": name, "version": found, "needed": needed, "fits": fits}

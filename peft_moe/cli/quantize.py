@@ -47,8 +47,11 @@ def quantize_checkpoint(
 ) -> dict[str, Any]:  # fmt: skip
     """Load with `BnbExpertsConfig`, save under a temporary name, rename. Raises `ValueError`."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    from ..checkpoint.merge.sidecar import other_files
+    from ..checkpoint.merge.writer import copy_file
+    from ..compat import cached_file
     from ..quantize import BnbExpertsConfig
 
     if kind not in ("nf4", "fp4", "int8"):
@@ -67,12 +70,12 @@ def quantize_checkpoint(
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     loaded.save_pretrained(temporary)
-    try:
-        AutoTokenizer.from_pretrained(model).save_pretrained(temporary)
-    except (OSError, ValueError):  # a model without a tokenizer
-        tokenizer = False
-    else:
-        tokenizer = True
+    config_file = cached_file(model, "config.json", local_files_only=True)
+    assert config_file is not None  # the model was just loaded
+    folder = Path(config_file).parent
+    copied = [name for name in other_files(folder) if not (temporary / name).exists()]
+    for name in copied:
+        copy_file(folder / name, temporary / name)
     written = sum(path.stat().st_size for path in temporary.glob("*.safetensors"))
     os.replace(temporary, out)
-    return {"path": str(out), "type": kind, "bytes": written, "tokenizer": tokenizer}
+    return {"path": str(out), "type": kind, "bytes": written, "copied": [str(name) for name in copied]}

@@ -336,8 +336,10 @@ def test_quantize(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     base = ENTRIES["qwen3_moe"].build()
     base.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
     options = ["--type", kind, "--dtype", "float32", "--device", "cpu", "--experts-only"]
     found = result("quantize", tmp_path / "base", tmp_path / "out", *options)
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}" and found["copied"] == ["tokenizer.json"]
     assert found["type"] == kind and found["bytes"] < (tmp_path / "base" / "model.safetensors").stat().st_size
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     config = peft_moe.BnbExpertsConfig(

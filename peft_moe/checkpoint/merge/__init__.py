@@ -84,7 +84,7 @@ def merge_checkpoint(
     stored = open_stored(base, check_readable(quantization_of(base.config), base.folder))
     edits, model = bind(base, adapter, stored, trust_remote_code)
     plan = make_plan(base, stored, edits, dtype, requantize, kept_in_fp32(model))
-    others = list(other_files(base))
+    others = list(other_files(base.folder))
     size = sum((base.folder / name).stat().st_size for name in others)
     with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="Merging", disable=not progress) as bar:
         run = Run(

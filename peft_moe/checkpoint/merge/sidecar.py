@@ -16,10 +16,10 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 _ROPE_OUTSIDE = ("rope_theta", "partial_rotary_factor")
 
 
-def other_files(source: Source) -> Iterator[Path]:
+def other_files(folder: Path) -> Iterator[Path]:
     """The files to copy, relative to the folder: all but weights, their indexes, the config, and hidden ones."""
-    for path in sorted(source.folder.rglob("*")):
-        name = path.relative_to(source.folder)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
         if path.is_file() and not hidden and not path.name.endswith(_WEIGHTS) and str(name) != "config.json":
             yield name

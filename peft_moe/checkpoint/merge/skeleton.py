@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from ...compat import model_class
 
 
 def skeletons(folder: Path, trust_remote_code: bool) -> Iterator[Any]:
@@ -20,30 +21,35 @@ def skeletons(folder: Path, trust_remote_code: bool) -> Iterator[Any]:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ValueError(
-            f"{folder}: transformers {transformers.__version__} cannot read its config ({error}). Names of tensors are "
-            "matched by the model's own classes; where they are code beside the checkpoint that you trust, pass "
-            "`trust_remote_code=True`."
+            f"{folder}: transformers cannot read its config ({error}). Names of tensors are matched by the model's own "
+            "classes; where they are code beside the checkpoint that you trust, pass `trust_remote_code=True`."
         ) from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # of plain modules only names and shapes are asked
+    text = config.get_text_config()
+    for one in (config, text):
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config  # of plain modules only names and shapes are asked
     seen: set[type] = set()
     for name in config.architectures or ():
-        found = getattr(transformers, name, None)
+        found = model_class(name)
         if found is not None:
             with torch.device("meta"):
                 model = found(config)
             seen.add(type(model))
             yield model
     options = {"trust_remote_code": True} if trust_remote_code else {}
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, **options)
-    except ValueError as error:
-        if not seen:
-            raise ValueError(f"{folder}: {error}") from error
+    problem: ValueError | None = None
+    for one in (config,) if text is config else (text, config):
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(one, **options)
+        except ValueError as error:
+            problem = error
+            continue
+        if type(model) not in seen:
+            yield model
         return
-    if type(model) not in seen:
-        yield model
+    if not seen:
+        raise ValueError(f"{folder}: {problem}") from problem
 
 
 def kept_in_fp32(model: Any) -> tuple[str, ...]:

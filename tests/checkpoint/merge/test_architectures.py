@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.checkpoint.golden_cases import CASES, HOME, WRITERS, load_base, logit
 from tests.checkpoint.merge.cases import assert_same_weights, case, merge, output, write_adapter
 from tests.weights.checkpoints import read
 from tests.zoo import ENTRIES
+from tests.zoo.builder import reinitialise
 
 # Text models that are saved alone; transformers 4 has no type for the config of these.
 NO_CONFIG = {"qwen3_omni_moe_text", "Glm4vMoe_text"}
@@ -134,3 +136,69 @@ def test_a_checkpoint_without_the_prefix_of_the_model(tmp_path: Path) -> None:
     merge(tmp_path)
     assert not any(key.startswith("model.") for key in read(tmp_path / "out"))
     assert_same_weights(type(base.model).from_pretrained(tmp_path / "out"), merged.model)
+
+
+def _qwen_vl() -> Any:
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    text = _TEXT | {"num_experts": 4, "mlp_only_layers": [], "rope_scaling": rope}
+    vision = _VISION | {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision))
+
+
+def _llama() -> Any:
+    from transformers import Llama4Config, Llama4ForConditionalGeneration
+
+    text = _TEXT | {"num_local_experts": 4, "intermediate_size_mlp": 24, "interleave_moe_layer_step": 1}
+    sizes = ("vision_output_dim", "projector_input_dim", "projector_output_dim")
+    vision = _VISION | dict.fromkeys(sizes, 32) | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    config = Llama4Config(text_config=text, vision_config=vision | {"num_attention_heads": 2})
+    return Llama4ForConditionalGeneration(config)
+
+
+_TEXT: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 20, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_experts_per_tok": 1, "pad_token_id": 0,
+}  # fmt: skip
+_VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 64, "num_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("build", [_qwen_vl, _llama])
+def test_models_that_see(build: Any, tmp_path: Path) -> None:
+    """Text and vision: other prefixes in the file than in the model."""
+    base = build().float().eval()
+    reinitialise(base)
+    base.save_pretrained(tmp_path / "base")
+    merged = write_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "o_proj"]).merge_and_unload()
+    merge(tmp_path)
+    assert_same_weights(type(base).from_pretrained(tmp_path / "out"), merged)
+
+
+def test_the_text_model_of_one_that_sees(tmp_path: Path) -> None:
+    """Saved as a whole, adapted as a causal LM, merged into the whole."""
+    whole = _llama().float().eval()
+    reinitialise(whole)
+    whole.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").float().eval()
+    assert type(base) is not type(whole)
+    merged = write_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "o_proj"]).merge_and_unload()
+    merge(tmp_path)
+    assert set(read(tmp_path / "out")) == set(read(tmp_path / "base"))
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), merged)
+    again, before = type(whole).from_pretrained(tmp_path / "out").state_dict(), whole.state_dict()
+    assert all(torch.equal(again[key], value) for key, value in before.items() if "vision" in key)
+
+
+def test_conversions_that_mix_experts_are_refused() -> None:
+    loading = pytest.importorskip("transformers.core_model_loading")
+    from peft_moe.checkpoint.merge.names import Group
+
+    def group(*operations: Any) -> Group:
+        converter = loading.WeightConverter(["e.*.gate.weight", "e.*.up.weight"], "e.gate_up_proj", list(operations))
+        return Group(None, {"e.gate_up_proj": "e.gate_up_proj"}, {"e.*.gate.weight": ["e.0.gate.weight"]}, converter)
+
+    group(loading.MergeModulelist(dim=0), loading.Concatenate(dim=1)).check_slices()
+    for operations in ((loading.MergeModulelist(dim=0), loading.Concatenate(dim=0)), (loading.MergeModulelist(dim=1),)):
+        with pytest.raises(ValueError, match="mixes experts"):
+            group(*operations).check_slices()
