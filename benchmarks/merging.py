@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from loading import ALLOCATOR, MIB, SMALL, largest, memory, write
+from loading import MIB, SMALL, largest, memory, write
 
 WAYS = {
     "bf16": "bf16, `merge_checkpoint`",
@@ -117,10 +116,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         here = [sys.executable, __file__, "--folder", temporary]
         subprocess.run([*here, "--write", task], check=True)
         for way in options.ways:
-            environment = ALLOCATOR | dict(os.environ)
-            printed = subprocess.run(
-                [*here, "--child", way], check=True, stdout=subprocess.PIPE, text=True, env=environment
-            )
+            printed = subprocess.run([*here, "--child", way], check=True, stdout=subprocess.PIPE, text=True)
             rows.append(json.loads(printed.stdout.splitlines()[-1]))
     print("| merged | base | result | peak | share | seconds |\n|---|---|---|---|---|---|")
     for row in rows:

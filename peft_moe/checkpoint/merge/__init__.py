@@ -91,14 +91,15 @@ def merge_checkpoint(
             out, plan, {name: shard.metadata for name, shard in base.shards.items()},
             _fingerprint(base, adapter, dtype, requantize), size, bar.update,
         )  # fmt: skip
-        run.write(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    for name in others:
-        copy_file(base.folder / name, out / name)
-    if base.index_name is not None:
-        write_file(out / base.index_name, index_of(plan))
-    changed = dtype or plan.dtype
-    write_file(out / "config.json", config_of(base, changed, plan.dtype is None, aliases_of(model)))
-    run.finish()
+        with run.alone():
+            run.write(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+            for name in others:
+                copy_file(base.folder / name, out / name)
+            if base.index_name is not None:
+                write_file(out / base.index_name, index_of(plan))
+            config = config_of(base, dtype or plan.dtype, plan.dtype is None, aliases_of(model))
+            write_file(out / "config.json", config)  # last: what is unfinished cannot be loaded
+            run.finish()
     share = plan.rounding.share
     if share > SIZEABLE:
         logger.warning(

@@ -29,7 +29,8 @@ def skeletons(folder: Path, trust_remote_code: bool) -> Iterator[Any]:
         if hasattr(one, "quantization_config"):
             del one.quantization_config  # of plain modules only names and shapes are asked
     seen: set[type] = set()
-    for name in config.architectures or ():
+    own_code = not type(config).__module__.startswith("transformers.")
+    for name in () if own_code else config.architectures or ():
         found = model_class(name)
         if found is not None:
             with torch.device("meta"):

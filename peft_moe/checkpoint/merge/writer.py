@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ from ..tensor_file import sync_directory
 from .plan import Plan
 from .produce import Output
 
+try:
+    import fcntl
+except ImportError:  # not on this system: whoever starts two merges into one folder gets no warning there
+    fcntl = None  # type: ignore[assignment]
+
 STATE = ".peft_moe_merge.json"
+LOCK = ".peft_moe_merge.lock"
 _DURABLE = 2**30  # bytes after which a file that is being written is made durable, so that a later run goes on there
 
 
@@ -123,9 +130,23 @@ class Run:
         self.partial = partial
         write_file(self.folder / STATE, json.dumps({"fingerprint": self.fingerprint, "partial": partial}).encode())
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes out of the folder; the system takes the lock back when this one ends, however it does.
+
+        Raises `ValueError` if another process is writing there.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / LOCK, "w") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise ValueError(f"{self.folder}: another process is merging into this folder") from error
+            yield
+
     def write(self, device: torch.device) -> None:
         """All files of weights."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / STATE).is_file():
             self._save({})
         for name in self.plan.shards:
@@ -175,6 +196,7 @@ class Run:
     def finish(self) -> None:
         """Everything is there: take the marks of the run away."""
         (self.folder / STATE).unlink()
+        (self.folder / LOCK).unlink()
         sync_directory(self.folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_moe import merge_checkpoint
 from tests.checkpoint.golden_cases import CASES, HOME, WRITERS, load_base, logits
 from tests.checkpoint.merge.cases import assert_same_weights, case, merge, output, write_adapter
-from tests.weights.checkpoints import read
+from tests.remote_code import RemoteConfig, RemoteForCausalLM
+from tests.weights.checkpoints import read, save_shards
 from tests.zoo import ENTRIES
 from tests.zoo.builder import reinitialise
 
@@ -136,6 +138,33 @@ def test_a_checkpoint_without_the_prefix_of_the_model(tmp_path: Path) -> None:
     merge(tmp_path)
     assert not any(key.startswith("model.") for key in read(tmp_path / "out"))
     assert_same_weights(type(base.model).from_pretrained(tmp_path / "out"), merged.model)
+
+
+def test_a_list_of_experts_in_code_of_its_own(tmp_path: Path) -> None:
+    """A model that transformers does not know itself, with experts in a list on either version."""
+    AutoConfig.register(RemoteConfig.model_type, RemoteConfig, exist_ok=True)
+    AutoModelForCausalLM.register(RemoteConfig, RemoteForCausalLM, exist_ok=True)
+    base = RemoteForCausalLM(RemoteConfig(vocab_size=64, hidden_size=64, moe_intermediate_size=40)).float().eval()
+    reinitialise(base)
+    base.config.save_pretrained(tmp_path / "base")  # its weights are tied in a way that version 4 does not save
+    save_shards({key: value for key, value in base.state_dict().items() if key != "lm_head.weight"}, tmp_path / "base")
+    merged = write_adapter(base, tmp_path / "adapter", target_modules="all-linear").merge_and_unload()
+    result = merge(tmp_path)
+    assert result.merged > 2 * 8 * 3
+    tensors, wanted = read(tmp_path / "out"), merged.state_dict()
+    assert set(tensors) == set(wanted) - {"lm_head.weight"}
+    for key, value in tensors.items():
+        torch.testing.assert_close(value, wanted[key], rtol=0, atol=1e-6)
+
+
+def test_code_that_is_not_trusted(tmp_path: Path) -> None:
+    case("qwen3_moe", tmp_path)
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"model_type": "somebodys", "auto_map": {"AutoConfig": "code.SomeConfig"}}))
+    (tmp_path / "base" / "code.py").write_text("raise SystemExit('was run')")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        merge(tmp_path)
 
 
 def _qwen_vl() -> Any:

@@ -154,6 +154,28 @@ def test_another_merge_does_not_go_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert files_of(tmp_path / "out") == before
 
 
+def test_two_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second process is refused, and the first one ends as if it had been alone."""
+    pytest.importorskip("fcntl")
+    sharded(tmp_path)
+    merge(tmp_path)
+    whole = files_of(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    honest = writer.Run._write_tensor
+    refused: list[str] = []
+
+    def meanwhile(run: Any, file: Any, one: Any, device: Any) -> int:
+        if not refused:
+            with pytest.raises(ValueError, match="another process is merging"):
+                merge(tmp_path)
+            refused.append(one.key)
+        return honest(run, file, one, device)
+
+    monkeypatch.setattr(writer.Run, "_write_tensor", meanwhile)
+    merge(tmp_path)
+    assert refused and files_of(tmp_path / "out") == whole
+
+
 def test_folders_that_hold_something_else(tmp_path: Path) -> None:
     case("qwen3_moe", tmp_path)
     before = files_of(tmp_path)
