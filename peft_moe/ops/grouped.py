@@ -37,7 +37,6 @@ def native_works(device: torch.device, dtype: torch.dtype) -> bool:
     return problem is None
 
 
-@cache
 def native_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why torch's grouped product cannot be used on this device and dtype; `None` if it can: tried once, both forms.
 

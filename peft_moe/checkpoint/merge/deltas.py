@@ -142,11 +142,16 @@ class ExpertsDelta:
         delta = delta.T if self.transposed else delta
         return delta if self.expert is not None or self.flat else delta.unsqueeze(0)
 
+    def adapts(self, slice_: int | None) -> bool:
+        """Whether anything changes: not for experts without an adapter, nor for identity experts that end a stack."""
+        expert = slice_ if self.expert is None else self.expert
+        return expert in self.factors.settings.adapted(self.factors.count)
+
     def low_rank(self, slice_: int | None, device: torch.device) -> Loaded | None:
         """A `(r, in)`, B `(rows, r)` with the scaling in it, magnitudes `(rows,)` of one expert; `None`: no adapter."""
         expert = slice_ if self.expert is None else self.expert
-        if expert is None or expert not in self.factors.settings.adapted(self.factors.count):
-            return None  # also identity experts, which some stacks hold behind the routed ones
+        if expert is None or not self.adapts(slice_):
+            return None
         experts = self.factors.settings.experts
         position = expert if experts is None else experts.index(expert)
         a, b, size = self.factors.load(device)

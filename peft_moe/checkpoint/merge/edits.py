@@ -126,14 +126,35 @@ class Merging:
                 raise ValueError(
                     f"{next(iter(self.changes))}: transformers converts a matrix of experts; not supported"
                 )
+        self._check_shapes(stacked)
         found: dict[str, Edit] = {}
         for pattern, names in self.group.sources.items():
             for position, name in enumerate(names):
-                if stacked and self.group.listed:
-                    found[name] = Edit(self, pattern, position)
-                else:
-                    found[name] = Edit(self, pattern, None, stacked, self._flat)
+                one = position if stacked and self.group.listed else None
+                in_stack = stacked and one is None
+                if in_stack or any(not isinstance(c, ExpertsDelta) or c.adapts(one) for c in self.changes.values()):
+                    found[name] = Edit(self, pattern, one, in_stack, self._flat)
         return found
+
+    def _check_shapes(self, stacked: bool) -> None:
+        """Raise `ValueError` if the checkpoint's tensors are not those that the changes are for. Makes no change."""
+        shapes = {name: tuple(self.group.model.get_parameter(name).shape) for name in self.group.parameters.values()}
+        if self._flat is not None:
+            (name,), (shape,) = next(iter(self.group.sources.values())), shapes.values()
+            if self.stored[name].shape != shape:
+                raise ValueError(f"{name}: found shape {self.stored[name].shape}, and the model has {shape}")
+            return
+        values = {name: torch.empty((1, *one[1:]) if stacked else one, device="meta") for name, one in shapes.items()}
+        if not stacked:
+            self.group.to_source(values, lambda name: self.stored[name].shape, None)
+            return
+        experts = next(iter(shapes.values()))[0]
+        for pattern, names in self.group.sources.items():
+            found = len(names) if self.group.listed else self.stored[names[0]].shape[0]
+            if found != experts:
+                raise ValueError(f"{pattern}: the checkpoint has this of {found} experts, expected {experts}")
+        for slice_ in range(experts) if self.group.listed else [0]:
+            self.group.to_source(values, lambda name: self.stored[name].shape, slice_)
 
 
 def edits_of(

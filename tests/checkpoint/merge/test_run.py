@@ -230,7 +230,19 @@ def test_a_checkpoint_of_another_size(tmp_path: Path) -> None:
     save_file(tensors | {key: tensors[key][:-1].contiguous()}, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="shape"):
         merge(tmp_path)
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_lacks_an_expert(tmp_path: Path) -> None:
+    """Its neighbours would move up by one."""
+    case("qwen3_moe", tmp_path)
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    lost = [key for key in tensors if "layers.1.mlp.experts.1." in key]
+    save_file({key: one for key, one in tensors.items() if key not in lost}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="experts"):
+        merge(tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_that_overflows(tmp_path: Path) -> None:
