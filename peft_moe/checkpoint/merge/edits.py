@@ -110,7 +110,10 @@ class Merging:
         if slice_ is not None and self._flat is not None:
             size = one.shape[0] // self._flat
             first, last = slice_ * size, (slice_ + 1) * size
-        return one.read(first, last, torch.float32, device)
+        value = one.read(first, last, torch.float32, device)
+        if slice_ is None:
+            one.release()  # nobody reads the rest of it
+        return value
 
     def edits(self) -> dict[str, Edit]:
         """Name in the checkpoint -> what happens to it. Raises `ValueError` where that cannot be said."""
