@@ -3,7 +3,8 @@
     python benchmarks/block.py                    # Qwen3-30B-A3B's block, on the GPU (tiny sizes on a CPU)
     python benchmarks/block.py --tokens 512 4096  --repeats 30
 
-Contenders: `frozen` (transformers' grouped experts, no adapter), `peft` (stock PEFT, `target_parameters`), `peft-moe`,
+Contenders: `frozen` (transformers' grouped experts, no adapter), `plain` (separate grouped products and autograd),
+`peft` (stock PEFT, `target_parameters`), `peft-moe`,
 `peft-moe:BACKEND`, and `peft-moe@nf4`, `peft-moe@fp8` on quantized experts. Times are medians of CUDA events; peak is
 the most memory allocated above the resident weights. Ratios count: absolute times hold for one machine.
 """
@@ -12,35 +13,43 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 import transformers
+from common import measure, nf4
 from torch import Tensor, nn
-from transformers import Qwen3MoeConfig
+from torch.nn.functional import grouped_mm
+from transformers import GptOssConfig, Qwen3MoeConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import peft_moe
-from peft_moe import BnbExpertsConfig, MoELoraConfig, quantize_experts
+from peft_moe import MoELoraConfig, quantize_experts
 
 
 @dataclass(frozen=True)
 class Shape:
-    """E experts, top-k, hidden and inner size."""
+    """E experts, top-k, hidden and inner size. `gpt_oss`: transposed, interleaved, with biases."""
 
     experts: int
     top_k: int
     hidden: int
     inner: int
+    gpt_oss: bool = False
 
 
-QWEN3_30B = Shape(128, 8, 2048, 768)
-TINY = Shape(16, 2, 64, 48)
+SHAPES = {
+    "qwen3-30b": Shape(128, 8, 2048, 768),
+    "mixtral": Shape(8, 2, 4096, 14336),
+    "gpt-oss-20b": Shape(32, 4, 2880, 2880, gpt_oss=True),
+    "deepseek-v3": Shape(256, 8, 7168, 2048),
+    "olmoe": Shape(64, 8, 2048, 1024),
+    "tiny": Shape(16, 2, 64, 48),
+}
 
 
 class Block(nn.Module):
@@ -48,13 +57,16 @@ class Block(nn.Module):
 
     def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        config = Qwen3MoeConfig(
-            num_experts=shape.experts, num_experts_per_tok=shape.top_k, hidden_size=shape.hidden,
-            moe_intermediate_size=shape.inner,
-        )  # fmt: skip
+        sizes = {"num_experts_per_tok": shape.top_k, "hidden_size": shape.hidden}
+        config: GptOssConfig | Qwen3MoeConfig
+        if shape.gpt_oss:
+            config = GptOssConfig(num_local_experts=shape.experts, intermediate_size=shape.inner, **sizes)
+        else:
+            config = Qwen3MoeConfig(num_experts=shape.experts, moe_intermediate_size=shape.inner, **sizes)
         config._experts_implementation = "grouped_mm"
         with torch.device(device):
-            self.experts = Qwen3MoeExperts(config).to(dtype)
+            experts = GptOssExperts if shape.gpt_oss else Qwen3MoeExperts
+            self.experts = experts(config).to(dtype)
         for parameter in self.experts.parameters():
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
             parameter.requires_grad_(False)
@@ -64,16 +76,44 @@ class Block(nn.Module):
         return self.experts(x, index, weights)
 
 
+class Plain(nn.Module):
+    """LoRA by separate grouped products, differentiated by autograd: what a user would write in an afternoon."""
+
+    def __init__(self, block: Block, shape: Shape, rank: int) -> None:
+        super().__init__()
+        base: Any = block.experts
+        self.up, self.down = base.gate_up_proj.data, base.down_proj.data
+        if shape.gpt_oss:
+            self.up, self.down = self.up.mT, self.down.mT
+        self.biases = [base.gate_up_proj_bias, base.down_proj_bias] if shape.gpt_oss else None
+        self.gate = base._apply_gate
+        for name, stack in (("up", self.up), ("down", self.down)):
+            like = {"device": stack.device, "dtype": stack.dtype}
+            a = torch.randn(shape.experts, rank, stack.shape[2], **like) * stack.shape[2] ** -0.5
+            setattr(self, f"{name}_a", nn.Parameter(a))
+            setattr(self, f"{name}_b", nn.Parameter(torch.randn(shape.experts, stack.shape[1], rank, **like)))
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        tokens, top_k = index.shape
+        experts, order = index.flatten().sort()
+        offsets = torch.searchsorted(experts, torch.arange(len(self.up), device=x.device), right=True, out_int32=True)
+
+        def project(rows: Tensor, stack: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+            out = grouped_mm(rows, stack.mT, offs=offsets)
+            out = out + 2.0 * grouped_mm(grouped_mm(rows, a.mT, offs=offsets), b.mT, offs=offsets)
+            return out if bias is None else out + bias[experts]
+
+        up_bias, down_bias = self.biases or (None, None)
+        pre = project(x[order // top_k], self.up, self.up_a, self.up_b, up_bias)
+        out = project(self.gate(pre), self.down, self.down_a, self.down_b, down_bias)
+        rows = torch.empty_like(out).index_copy(0, order, out * weights.flatten()[order, None])
+        return rows.view(tokens, top_k, -1).sum(1)
+
+
 def quantize(block: Block, base: str, shape: Shape, device: torch.device) -> None:
     """Store the experts in NF4 with double quantization, or as FP8 in blocks of 128 x 128."""
     if base == "nf4":
-        quantize_experts(
-            block,
-            BnbExpertsConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
-            ),
-        )  # fmt: skip
+        quantize_experts(block, nf4())
         return
     from transformers.integrations.finegrained_fp8 import FP8Experts
 
@@ -99,6 +139,8 @@ def contender(name: str, shape: Shape, rank: int, device: torch.device, dtype: t
         quantize(block, base, shape, device)
     if name == "frozen":
         return block
+    if name == "plain":
+        return Plain(block, shape, rank)
     if name == "peft":
         config: peft.PeftConfig = peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules=[],
@@ -112,53 +154,50 @@ def contender(name: str, shape: Shape, rank: int, device: torch.device, dtype: t
     return peft.get_peft_model(block, config, autocast_adapter_dtype=False)
 
 
-def measure(step: Callable[[], None], device: torch.device, repeats: int) -> tuple[float, float]:
-    """(median milliseconds, peak MiB above what is resident) of a step."""
-    for _ in range(3):
-        step()
-    if device.type != "cuda":
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(times), float("nan")
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    resident = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times), (torch.cuda.max_memory_allocated() - resident) / 2**20
+def scores(count: int, experts: int, zipf: bool) -> Tensor:
+    """`(T, E)` router scores: the same for all experts on average, or favouring some as 1, 1/2, 1/3, ..."""
+    generator = torch.Generator().manual_seed(count)
+    found = torch.rand(count, experts, generator=generator)
+    if zipf:  # the k largest of these are draws without replacement, in proportion
+        found = -found.log() * torch.arange(1, experts + 1)
+        return -found.log()
+    return found
 
 
 def run(
-    names: list[str], shape: Shape, tokens: list[int], rank: int, repeats: int, device: torch.device, dtype: torch.dtype
+    names: list[str],
+    shape: Shape,
+    tokens: list[int],
+    rank: int,
+    repeats: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    zipf: bool = False,
+    forward_only: bool = False,
 ) -> list[dict[str, float | str | int]]:
     """A row for every contender and number of tokens."""
     rows = []
     for name in names:
         model = contender(name, shape, rank, device, dtype)
         for count in tokens:
-            generator = torch.Generator().manual_seed(count)
-            scores = torch.rand(count, shape.experts, generator=generator)
-            weights, index = (value.to(device) for value in scores.softmax(dim=-1).topk(shape.top_k, dim=-1))
+            chosen = scores(count, shape.experts, zipf).softmax(dim=-1).topk(shape.top_k, dim=-1)
+            weights, index = (value.to(device) for value in chosen)
             weights = weights.to(dtype).requires_grad_()
+            generator = torch.Generator().manual_seed(count)
             x = torch.randn(count, shape.hidden, generator=generator).to(device, dtype).requires_grad_()
             probe = torch.randn(count, shape.hidden, generator=generator).to(device, dtype)
+            leaves = [x, weights, *model.parameters()]
 
             def step(
                 model: nn.Module = model, x: Tensor = x, index: Tensor = index, weights: Tensor = weights,
-                probe: Tensor = probe,
+                probe: Tensor = probe, leaves: list[Tensor] = leaves,
             ) -> None:  # fmt: skip
+                if forward_only:
+                    with torch.no_grad():
+                        model(x, index, weights)
+                    return
                 model(x, index, weights).backward(probe)
-                for tensor in (x, weights, *model.parameters()):
+                for tensor in leaves:
                     tensor.grad = None
 
             milliseconds, peak = measure(step, device, repeats)
@@ -174,8 +213,11 @@ def main() -> None:
     """Measure and print; with --out write the rows as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contenders", nargs="+", default=["frozen", "peft", "peft-moe"])
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[16])
+    parser.add_argument("--zipf", action="store_true", help="skewed routing")
+    parser.add_argument("--forward-only", action="store_true", help="without gradients, as when decoding")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -185,12 +227,17 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if on_gpu else "CPU (times mean nothing here)"
     print(
         f"{machine}; torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
-        f"peft-moe {peft_moe.__version__}; r={arguments.rank}"
+        f"peft-moe {peft_moe.__version__}"
     )
-    rows = run(
-        arguments.contenders, QWEN3_30B if on_gpu else TINY, tokens, arguments.rank, arguments.repeats, device,
-        torch.bfloat16 if on_gpu else torch.float32,
-    )  # fmt: skip
+    rows: list[dict[str, float | str | int]] = []
+    for shape in arguments.shapes or ["qwen3-30b" if on_gpu else "tiny"]:
+        for rank in arguments.ranks:
+            print(f"{shape}, r={rank}{', zipf' * arguments.zipf}{', forward only' * arguments.forward_only}")
+            found = run(
+                arguments.contenders, SHAPES[shape], tokens, rank, arguments.repeats, device,
+                torch.bfloat16 if on_gpu else torch.float32, arguments.zipf, arguments.forward_only,
+            )  # fmt: skip
+            rows += [{"shape": shape, "rank": rank, **row} for row in found]
     if arguments.out is not None:
         arguments.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
 

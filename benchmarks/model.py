@@ -7,7 +7,8 @@ Batch 1, gradient checkpointing, forward and backward. Peak is the most memory a
 
     peft-moe     experts and attention
     peft         the same by stock PEFT, 16-bit bases only
-    attention    LoRA on attention alone, frozen experts as the base runs them
+    attention    LoRA on attention alone, frozen experts as the base runs them: on transformers 4 in a loop
+    grouped      the same after `enable_grouped_experts`
     loop         a Python loop over the routed experts, each three `Linear4bit` with its own LoRA
 """
 
@@ -24,11 +25,12 @@ from pathlib import Path
 import peft
 import torch
 import transformers
+from common import nf4
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import peft_moe
-from peft_moe import BnbExpertsConfig, MoELoraConfig, quantize_experts
+from peft_moe import MoELoraConfig, enable_grouped_experts, quantize_experts
 
 GIB = 2**30
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -43,7 +45,28 @@ def build(layers: int) -> nn.Module:
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device("cuda"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    # With the usual 0.02 the layers' outputs drown the tokens, and deep routers see 2,048 copies of one vector: they
+    # choose 25 experts. Trained models are balanced: so are these, see the printed number of experts hit.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=10.0)
+    return model
+
+
+def experts_hit(model: nn.Module, tokens: int) -> list[int]:
+    """How many experts of each layer get a token."""
+    found: list[int] = []
+    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+
+    def count(module: nn.Module, args: object, out: Tensor | tuple[Tensor, ...]) -> None:
+        logits = out[0] if isinstance(out, tuple) else out
+        found.append(int(logits.topk(8, dim=-1).indices.unique().numel()))
+
+    handles = [gate.register_forward_hook(count) for gate in gates]
+    with torch.no_grad():
+        model(input_ids=torch.randint(0, 151936, (1, tokens), device="cuda"))
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 class Expert4bit(nn.Module):
@@ -99,7 +122,7 @@ class LoopExperts(nn.Module):
         return out
 
 
-def contender(name: str, base: str, layers: int, rank: int) -> tuple[nn.Module, int]:
+def contender(name: str, base: str, layers: int, rank: int, fp32_adapters: bool) -> tuple[nn.Module, int]:
     """(model, bytes of the base weights)."""
     model = build(layers)
     if name == "loop":
@@ -119,25 +142,23 @@ def contender(name: str, base: str, layers: int, rank: int) -> tuple[nn.Module, 
                 module.b.requires_grad_(True)
         return adapted, resident
     if base == "nf4":
-        quantize_experts(
-            model,
-            BnbExpertsConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
-            ),
-        )  # fmt: skip
+        quantize_experts(model, nf4())
         gc.collect()
         torch.cuda.empty_cache()
     resident = torch.cuda.memory_allocated()
     config: peft.PeftConfig
-    if name == "attention":
+    if name in ("attention", "grouped"):
         config = peft.LoraConfig(r=rank, target_modules=ATTENTION)
     elif name == "peft":
         experts = ["experts.gate_up_proj", "experts.down_proj"]
         config = peft.LoraConfig(r=rank, target_modules=ATTENTION, target_parameters=experts)
     else:
         config = MoELoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ATTENTION)
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=name != "peft"), resident
+    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
+    if name == "grouped":
+        report = enable_grouped_experts(adapted)
+        assert not report.left_alone, str(report)
+    return adapted, resident
 
 
 def measure(model: nn.Module, tokens: int, seconds: float, resident: int) -> dict[str, float]:
@@ -179,6 +200,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048])
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--fp32-adapters", action="store_true", help="PEFT's default; not for its own experts")
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -187,17 +209,19 @@ def main() -> None:
     print(
         f"{torch.cuda.get_device_name()}; torch {torch.__version__}, transformers {transformers.__version__}, peft "
         f"{peft.__version__}, peft-moe {peft_moe.__version__}; {arguments.layers} layers, {arguments.base}, "
-        f"r={arguments.rank}"
+        f"r={arguments.rank}, adapters in {'fp32' if arguments.fp32_adapters else 'bf16'}"
     )
     rows = []
     for name in arguments.contenders:
         started = time.perf_counter()
-        model, resident = contender(name, arguments.base, arguments.layers, arguments.rank)
+        model, resident = contender(name, arguments.base, arguments.layers, arguments.rank, arguments.fp32_adapters)
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         built = time.perf_counter() - started
+        hit = experts_hit(model, min(arguments.tokens))
+        print(f"{name}: experts hit by {min(arguments.tokens)} tokens: {min(hit)} to {max(hit)} of 128 a layer")
         for tokens in arguments.tokens:
             row: dict[str, float | str | int] = {"contender": name, "base": arguments.base, "tokens": tokens}
             row |= {key: round(value, 3) for key, value in measure(model, tokens, arguments.seconds, resident).items()}

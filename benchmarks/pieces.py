@@ -17,10 +17,12 @@ from torch.nn.functional import grouped_mm
 from triton.errors import TritonError
 from triton.testing import do_bench
 
+from peft_moe.ops.activation import SILU_GATED
 from peft_moe.ops.routing import route
 from peft_moe.ops.triton.outer import outer
 from peft_moe.ops.triton.project import project
-from peft_moe.ops.triton.rowwise import combine, silu_gated, silu_gated_backward
+from peft_moe.ops.triton.routing import route as sort_rows
+from peft_moe.ops.triton.rowwise import combine, gated, gated_backward
 
 
 def time_of(function: Callable[[], object]) -> float:
@@ -61,7 +63,6 @@ def main() -> None:
             normal(tokens * top_k, 2 * inner),
         )
         low = normal(tokens * top_k, rank)
-        row_weight = torch.rand(tokens * top_k, device="cuda")
         weights = torch.rand(tokens, top_k, device="cuda")
         calls = {
             "gate_up": (x, source, up, up_a, up_b),
@@ -88,17 +89,19 @@ def main() -> None:
                   f"fused {ours:.3f}  fused without LoRA {bare:.3f}", flush=True)  # fmt: skip
             if arguments.sweep:
                 sweep(left, index_, w, a, b, offsets)
-        print(f"T={tokens:6d} outer     x {time_of(lambda: outer(x, source, low, None, offsets, True)):.3f}  "
-              f"d_pre {time_of(lambda: outer(d_pre, None, low, None, offsets, False)):.3f}  "
-              f"grad {time_of(lambda: outer(grad, source, low, row_weight, offsets, False)):.3f}  "
-              f"hidden {time_of(lambda: outer(rows, None, low, row_weight, offsets, True)):.3f}  "
+        order = routing.order
+        print(f"T={tokens:6d} outer     x {time_of(lambda: outer(x, source, low, None, order, offsets, True)):.3f}  "
+              f"d_pre {time_of(lambda: outer(d_pre, None, low, None, order, offsets, False)):.3f}  "
+              f"grad {time_of(lambda: outer(grad, source, low, weights, order, offsets, False)):.3f}  "
+              f"hidden {time_of(lambda: outer(rows, None, low, weights, order, offsets, True)):.3f}  "
               f"torch d_pre {time_of(lambda: grouped_mm(d_pre.t(), low, offs=offsets)):.3f}")  # fmt: skip
         full = normal(tokens * top_k, width)
-        dtype = torch.bfloat16
-        print(f"T={tokens:6d} rowwise   silu {time_of(lambda: silu_gated(pre)):.3f}  "
-              f"silu backward {time_of(lambda: silu_gated_backward(pre, rows, row_weight)):.3f}  "
+        dtype, silu = torch.bfloat16, SILU_GATED
+        print(f"T={tokens:6d} rowwise   silu {time_of(lambda: gated(silu, pre)):.3f}  "
+              f"silu backward {time_of(lambda: gated_backward(silu, pre, rows, weights, order, offsets)):.3f}  "
               f"combine {time_of(lambda: combine(full, routing.inverse, weights, offsets, top_k, dtype)):.3f}  "
-              f"route {time_of(lambda: route(index, experts, False)):.3f}", flush=True)  # fmt: skip
+              f"route {time_of(lambda: sort_rows(index, experts, False)):.3f}  "
+              f"torch route {time_of(lambda: route(index, experts, False)):.3f}", flush=True)  # fmt: skip
 
 
 def sweep(x: Tensor, source: Tensor | None, w: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> None:

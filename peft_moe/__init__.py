@@ -4,9 +4,11 @@ Importing this package registers the tuner type `MOELORA` with PEFT and the meth
 transformers, and changes nothing else.
 """
 
+from .auto import auto_enable_grouped_experts
 from .checkpoint.merge import merge_checkpoint
 from .checkpoint.packed import packed_config
 from .config import MoELoraConfig
+from .grouped import disable_grouped_experts, enable_grouped_experts
 from .layer import MoELoraLayer
 from .model import MoELoraModel
 from .quantize import BnbExpertsConfig, quantize_experts
@@ -20,6 +22,9 @@ __all__ = [
     "MoELoraLayer",
     "MoELoraModel",
     "__version__",
+    "auto_enable_grouped_experts",
+    "disable_grouped_experts",
+    "enable_grouped_experts",
     "merge_checkpoint",
     "packed_config",
     "quantize_experts",

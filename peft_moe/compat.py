@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +60,10 @@ __all__ = [
     "get_pattern_key",
     "model_class",
     "onload",
+    "onload_below",
     "peft_tables",
     "quantizer_registry",
+    "through_hook",
 ]
 
 ExcludedModule = _ExcludedModule
@@ -130,3 +132,30 @@ def onload(module: nn.Module) -> AbstractContextManager[None]:
     """Run a module's accelerate hook (offloaded weights come to their device) around code that reads its weights."""
     hook = getattr(module, "_hf_hook", None)
     return nullcontext() if hook is None else _onloaded(module, hook)
+
+
+@contextmanager
+def onload_below(*modules: nn.Module) -> Iterator[None]:
+    """Run the hooks of all modules in and below these that hold tensors on the meta device; others rest."""
+    with ExitStack() as stack:
+        for module in modules:
+            for child in module.modules():
+                hook = getattr(child, "_hf_hook", None)
+                held = child._parameters.values()
+                if hook is not None and any(one is not None and one.device.type == "meta" for one in held):
+                    stack.enter_context(_onloaded(child, hook))
+        yield
+
+
+def through_hook(module: nn.Module, run: Any, *args: Any, **kwargs: Any) -> Any:
+    """`run(*args, **kwargs)` as the forward of a module: inside its accelerate hook, which may move the arguments."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return run(*args, **kwargs)
+    args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    try:
+        out = run(*args, **kwargs)
+    except BaseException:
+        hook.post_forward(module, torch.empty(0))
+        raise
+    return hook.post_forward(module, out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from .adapter import factors, for_ops, join_and_pad, magnitude
 from .layouts import ProjectionSpec
 from .ops.backends import choose
-from .ops.experts import Projection, expert_mlp
+from .ops.experts import Projection, expert_mlp, pieces_of
 from .ops.linear import frozen_linear, lora_linear, stack_tensor
 from .ops.routing import Gather, Routing, combine, has_sentinels, mask_rows, route
+from .placement import build_onloaded
 
 if TYPE_CHECKING:
+    from .frozen import FrozenExperts
     from .layer import MoELoraLayer
+
+    Experts: TypeAlias = MoELoraLayer | FrozenExperts
 
 
 def _without_autocast(device: torch.device) -> torch.autocast | nullcontext[None]:
@@ -27,52 +31,88 @@ def _without_autocast(device: torch.device) -> torch.autocast | nullcontext[None
     return nullcontext()
 
 
-def _bias(layer: MoELoraLayer, projection: ProjectionSpec, dtype: torch.dtype) -> Tensor | None:
+def _bias(layer: Experts, projection: ProjectionSpec, dtype: torch.dtype) -> Tensor | None:
     if not projection.bias:
         return None
     parts = [getattr(layer.base_layer, name).detach().to(dtype) for name in projection.bias]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _factors(layer: MoELoraLayer, name: str, projection: ProjectionSpec, scaled: bool = True) -> tuple[Tensor, Tensor]:
+def _factors(layer: Experts, name: str, projection: ProjectionSpec, scaled: bool = True) -> tuple[Tensor, Tensor]:
     scaling = layer.scaling[name] if scaled else None
     return factors(layer.projections, name, layer.adapters[name], scaling, projection)
 
 
-def _frozen(layer: MoELoraLayer, projection: ProjectionSpec, dtype: torch.dtype) -> object:
+def _frozen(layer: Experts, projection: ProjectionSpec, dtype: torch.dtype) -> object:
     store = layer.stores[projection.name]
-    stack = store.frozen()
+    stack = build_onloaded(layer, store)
     if store.dtype == dtype:
         return stack
     return lambda: stack_tensor(stack).to(dtype)
 
 
-def activation(layer: MoELoraLayer, pre: Tensor) -> Tensor:
+def activation(layer: Experts, pre: Tensor) -> Tensor:
     """The base's own activation between the two projections, `(S, N)` -> `(S, I)`."""
     assert layer.spec.activation is not None
     return layer.spec.activation(layer.base_layer, pre)
 
 
+class RunsExperts:
+    """What a layout may ask of a layer, see `layouts.calls.Runner`."""
+
+    def run_experts(
+        self,
+        x: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        accumulate_dtype: torch.dtype | None = None,
+        copies: int = 1,
+    ) -> Tensor:
+        """The routed experts with their adapters: `out[t] = sum_k w[t, k] expert(x[t])`.
+
+        Args:
+            x: `(T, H)`. index: `(T, k)` integers, `num_experts` for none. weights: `(T, k)` routing weights.
+            accumulate_dtype: of the result; `None`: that of x. copies: how often each token stands in x.
+
+        Returns: `(T, H)`.
+        """
+        return run_experts(self, x, index, weights, accumulate_dtype, copies)  # type: ignore[arg-type]
+
+    def run_projection(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """The only projection of this module: `(S, in)` rows sorted by expert, `(E,)` int32 ends -> `(S, out)`."""
+        return run_projection(self, rows, offsets)  # type: ignore[arg-type]
+
+
+def _compute_dtype(layer: Experts, x: Tensor) -> torch.dtype:
+    """In which the base multiplies: stacks in the dtype of their weights, linears of a list as autocast tells them."""
+    store = next(iter(layer.stores.values()))
+    if layer.spec.experts and not store.packed and layer.spec.compute_dtype is None and store.dtype != torch.float64:
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+    return layer.spec.compute_dtype or store.dtype
+
+
 def run_experts(
-    layer: MoELoraLayer, x: Tensor, index: Tensor, weights: Tensor, accumulate_dtype: torch.dtype | None, copies: int
+    layer: Experts, x: Tensor, index: Tensor, weights: Tensor, accumulate_dtype: torch.dtype | None, copies: int
 ) -> Tensor:
-    """See `MoELoraLayer.run_experts`."""
+    """See `RunsExperts.run_experts`."""
     spec = layer.spec
-    dtype = spec.compute_dtype or next(iter(layer.stores.values())).dtype
+    dtype = _compute_dtype(layer, x)
     out_dtype = accumulate_dtype or x.dtype
     with _without_autocast(x.device):
         x = x.to(dtype)
         sentinels = spec.sentinels or bool(getattr(layer.base_layer, "_is_expert_parallel", False))
         if not sentinels and x.device.type == "cpu" and not torch.compiler.is_compiling():
             sentinels = has_sentinels(index, spec.num_experts)
-        routing = route(index, spec.num_experts, sentinels)
         names = _taking_part(layer)
         if _whole_mlp(layer, names):
             rank = max([_rank(layer, projection, names) for projection in spec.projections])  # a list: Dynamo
             backend = choose(layer.backend, x.device, dtype, rank, spec.num_experts)
+            routing = pieces_of(backend).route(index, spec.num_experts, sentinels)
             first, second = (_joined(layer, projection, names, dtype, backend) for projection in spec.projections)
             gate = spec.closed_form if spec.closed_form else lambda pre: activation(layer, pre)
             return expert_mlp(x, weights, routing, first, second, gate, backend, out_dtype)
+        routing = route(index, spec.num_experts, sentinels)
         rows = Gather.apply(x, routing.source, routing.inverse, routing.top_k, routing.valid)
         row_adapter = _row_adapter(layer, names, x.shape[0], routing, copies)
         up, down = spec.projections
@@ -83,8 +123,8 @@ def run_experts(
         return combine(out, weights, routing, out_dtype)
 
 
-def run_projection(layer: MoELoraLayer, rows: Tensor, offsets: Tensor) -> Tensor:
-    """See `MoELoraLayer.run_projection`."""
+def run_projection(layer: Experts, rows: Tensor, offsets: Tensor) -> Tensor:
+    """See `RunsExperts.run_projection`."""
     (projection,) = layer.spec.projections
     dtype = layer.stores[projection.name].dtype
     if layer.mixed_batch is not None:
@@ -114,14 +154,14 @@ def check_mixed_batch(layer: MoELoraLayer, names: Sequence[str]) -> None:
         )
 
 
-def _taking_part(layer: MoELoraLayer) -> list[str]:
+def _taking_part(layer: Experts) -> list[str]:
     """The adapters of this call: the active ones, or those that a mixed batch names."""
     if layer.mixed_batch is None:
         return layer.active
     return sorted({name for name in layer.mixed_batch if name in layer.adapters})
 
 
-def _whole_mlp(layer: MoELoraLayer, names: list[str]) -> bool:
+def _whole_mlp(layer: Experts, names: list[str]) -> bool:
     """Whether the one-function path applies; under `torch.compile` it needs a closed form of the activation."""
     if len(layer.spec.projections) != 2 or layer.spec.post_norm is not None or layer.mixed_batch is not None:
         return False
@@ -131,7 +171,7 @@ def _whole_mlp(layer: MoELoraLayer, names: list[str]) -> bool:
     return not any(one.use_dora or (one.dropout > 0 and layer.training) for one in settings)
 
 
-def _rank(layer: MoELoraLayer, projection: ProjectionSpec, names: list[str]) -> int:
+def _rank(layer: Experts, projection: ProjectionSpec, names: list[str]) -> int:
     """The ranks of all adapters of a projection together."""
     return sum(
         layer.adapters[name].rank * len(layer.adapters[name].slots(projection))
@@ -141,7 +181,7 @@ def _rank(layer: MoELoraLayer, projection: ProjectionSpec, names: list[str]) -> 
 
 
 def _joined(
-    layer: MoELoraLayer, projection: ProjectionSpec, names: list[str], dtype: torch.dtype, backend: str
+    layer: Experts, projection: ProjectionSpec, names: list[str], dtype: torch.dtype, backend: str
 ) -> Projection:
     """Several adapters of one projection as one, ranks side by side."""
     names = [name for name in names if projection.name in layer.adapters[name].projections]
@@ -155,7 +195,7 @@ def _joined(
     return Projection(frozen, bias, a, b, 1.0 if scale is None else scale)  # type: ignore[arg-type]
 
 
-def _common_scale(layer: MoELoraLayer, names: list[str]) -> float | None:
+def _common_scale(layer: Experts, names: list[str]) -> float | None:
     """The scaling, if one number scales all experts of all adapters: then no pass over B is needed for it."""
     scales = {
         layer.scaling[name] * layer.adapters[name].factor
@@ -166,7 +206,7 @@ def _common_scale(layer: MoELoraLayer, names: list[str]) -> float | None:
     return scales.pop() if len(scales) == 1 else None
 
 
-def _row_adapter(layer: MoELoraLayer, names: list[str], tokens: int, routing: Routing, copies: int) -> Tensor | None:
+def _row_adapter(layer: Experts, names: list[str], tokens: int, routing: Routing, copies: int) -> Tensor | None:
     """`(S, 1)` number in `names` of each sorted row's adapter, -1 for the base; `None` unless the batch is mixed."""
     if layer.mixed_batch is None:
         return None
@@ -184,7 +224,7 @@ def _row_adapter(layer: MoELoraLayer, names: list[str], tokens: int, routing: Ro
 
 
 def _project(
-    layer: MoELoraLayer,
+    layer: Experts,
     projection: ProjectionSpec,
     rows: Tensor,
     routing: Routing,
@@ -212,7 +252,7 @@ def _project(
     return out if bias is None else out + bias[routing.experts]
 
 
-def _dora_scale(layer: MoELoraLayer, name: str, projection: ProjectionSpec, a: Tensor, b: Tensor) -> Tensor:
+def _dora_scale(layer: Experts, name: str, projection: ProjectionSpec, a: Tensor, b: Tensor) -> Tensor:
     """`(E, out)`: magnitude over the row norm of `W + B A`, one where an expert has no adapter.
 
     The norm is not differentiated (DoRA, arXiv 2402.09353, section 4.3) and taken expert by expert in fp32.
@@ -228,7 +268,7 @@ def _dora_scale(layer: MoELoraLayer, name: str, projection: ProjectionSpec, a: T
 
 
 @torch.no_grad()
-def _row_norms(layer: MoELoraLayer, projection: ProjectionSpec, experts: object, a: Tensor, b: Tensor) -> Tensor:
+def _row_norms(layer: Experts, projection: ProjectionSpec, experts: object, a: Tensor, b: Tensor) -> Tensor:
     store = layer.stores[projection.name]
     norms = []
     for position, expert in enumerate(experts):  # type: ignore[arg-type, var-annotated]

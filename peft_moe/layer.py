@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import forward, initialisation, merging
+from . import forward, initialisation, merging, placement
 from .adapter import ProjectionAdapter, pack
 from .binding import BlockForward, LinearHook, hook_linears
-from .compat import LoraLayer, check_adapters_to_merge, onload
+from .compat import LoraLayer, check_adapters_to_merge, onload, through_hook
 from .config import MoELoraConfig
 from .layouts import ExpertsSpec, ProjectionSpec
 from .ops.grouped import log_once
 from .settings import AdapterSettings, decomposes, nominal_scaling, resolve
 from .stores import open_store
-from .weights import ModuleStack
 
 
 def _parameters_are_created_on_meta() -> bool:
@@ -27,7 +27,7 @@ def _parameters_are_created_on_meta() -> bool:
     return probe.parameter.device.type == "meta"
 
 
-class MoELoraLayer(nn.Module, LoraLayer):
+class MoELoraLayer(nn.Module, LoraLayer, forward.RunsExperts):
     """Per-expert LoRA around one experts module, stacked or a list.
 
     Children: `base_layer`, the module as it was, and one `ProjectionAdapter` a projection, so that the parameters are
@@ -97,8 +97,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
         """House the weights of a list of experts now, not in the next call: it may be compiled, and could not."""
         if self._bindings and not self.spec.one_by_one:
             for store in self.stores.values():
-                if store.device.type != "meta":
-                    store.frozen()
+                store.prepare()
 
     # --- what PEFT's LoraModel looks at --------------------------------------------------------------------------
 
@@ -154,13 +153,17 @@ class MoELoraLayer(nn.Module, LoraLayer):
         if not self.idle or self.spec.one_by_one:
             return self.idle
         stores = self.stores.values()
-        return not any(getattr(store, "packed", False) and store.device.type == "cpu" for store in stores)
+        return not any(getattr(store, "packed", False) and store.device.type in ("cpu", "meta") for store in stores)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: MoELoraConfig, **kwargs: Any) -> None:
         """Add an adapter. Rank and scaling of the experts come from the config, not from `r` and `lora_alpha`.
 
         Raises `ValueError` for what the config asks and this module cannot give; the layer is then unchanged.
         """
+        with placement.onloaded(self):  # adapters start from the weights, and lie where these will be used
+            self._update_layer(adapter_name, config)
+
+    def _update_layer(self, adapter_name: str, config: MoELoraConfig) -> None:
         settings = resolve(config, self.spec, self.name)
         if decomposes(config.init_lora_weights) and self.merged_adapters:
             raise ValueError(f"{self.name}: unmerge before adding an adapter that starts from the base weights")
@@ -206,6 +209,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
             magnitudes = torch.zeros(len(experts), out_features) if settings.use_dora else None
             if store.device.type != "meta":
                 if decomposes(init):  # also where values come later: the base becomes the residual
+                    placement.check_start(self, init)
                     initialisation.take_out(store, experts, rows, a, b, str(init), settings, nominal, where)
                 elif not awaits_values:
                     initialisation.fill(a, b, init, settings.ranks, where)
@@ -234,30 +238,22 @@ class MoELoraLayer(nn.Module, LoraLayer):
         kwargs.pop("adapter_names", None)  # PEFT's hook passes it; the model has set `mixed_batch`
         if self.left_to_base or self.spec.call is None:
             return self.base_layer(*args, **kwargs)
-        with onload(self.base_layer):
-            return self.spec.call(self.base_layer, self, *args, **kwargs)
+        run = partial(self.spec.call, self.base_layer, self)
+        return through_hook(self.base_layer, run, *args, **kwargs)
 
-    def run_experts(
-        self,
-        x: Tensor,
-        index: Tensor,
-        weights: Tensor,
-        accumulate_dtype: torch.dtype | None = None,
-        copies: int = 1,
-    ) -> Tensor:
-        """The routed experts with their adapters: `out[t] = sum_k w[t, k] expert(x[t])`.
-
-        Args:
-            x: `(T, H)`. index: `(T, k)` integers, `num_experts` for none. weights: `(T, k)` routing weights.
-            accumulate_dtype: of the result; `None`: that of x. copies: how often each token stands in x.
-
-        Returns: `(T, H)`.
-        """
-        return forward.run_experts(self, x, index, weights, accumulate_dtype, copies)
+    def run_experts(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See `RunsExperts.run_experts`. Raises `ValueError` where weights or adapters lie on another device than x."""
+        if placement.is_offloaded(self):
+            return placement.run_onloaded(self, super().run_experts, x, *args, **kwargs)
+        placement.check(self, x.device)
+        return super().run_experts(x, *args, **kwargs)
 
     def run_projection(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """The only projection of this module: `(S, in)` rows sorted by expert, `(E,)` int32 ends -> `(S, out)`."""
-        return forward.run_projection(self, rows, offsets)
+        """See `RunsExperts.run_projection`."""
+        if placement.is_offloaded(self):
+            return placement.run_onloaded(self, super().run_projection, rows, offsets)
+        placement.check(self, rows.device)
+        return super().run_projection(rows, offsets)
 
     def expert_bias(self, projection: ProjectionSpec, expert: int, rows: slice) -> Tensor | None:
         """The bias of the linear of one expert that computes the given rows."""
@@ -351,8 +347,7 @@ class MoELoraLayer(nn.Module, LoraLayer):
             binding.remove()
         self._bindings = []
         for store in self.stores.values():
-            if isinstance(store, ModuleStack):
-                store.release()
+            store.release()
 
     # --- a list of experts is a list still -------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .adapter import factors, magnitude
 from .layouts import ProjectionSpec
+from .placement import check_merge
 
 if TYPE_CHECKING:
     from .layer import MoELoraLayer
@@ -87,7 +88,8 @@ def _adapted(layer: MoELoraLayer, names: Sequence[str]) -> list[ProjectionSpec]:
 
 
 def add_deltas(layer: MoELoraLayer, names: Sequence[str]) -> None:
-    """Add the adapters to the base weights in place."""
+    """Add the adapters to the base weights in place. Raises `ValueError` where offloading would lose them."""
+    check_merge(layer)
     for projection in _adapted(layer, names):
         layer.stores[projection.name].add_(_deltas(layer, projection, names))
 
@@ -95,6 +97,7 @@ def add_deltas(layer: MoELoraLayer, names: Sequence[str]) -> None:
 @torch.no_grad()
 def check_finite(layer: MoELoraLayer, names: Sequence[str]) -> None:
     """Raise `ValueError`, naming module and expert, if merging would leave a value that is not finite."""
+    check_merge(layer)
     for projection in _adapted(layer, names):
         store = layer.stores[projection.name]
         for experts, deltas in _deltas(layer, projection, names):

@@ -14,6 +14,7 @@ from . import weighting
 from .checkpoint import densify, native, trainable
 from .compat import BaseTunerLayer, ExcludedModule, LoraLayer, LoraModel, check_target_module_exists
 from .forward import check_mixed_batch
+from .grouped import disable_grouped_experts, group
 from .layer import MoELoraLayer
 from .linears import FP8LoraLinear, check_options, is_fp8_linear
 from .ops.grouped import log_once
@@ -59,6 +60,13 @@ class MoELoraModel(LoraModel):
         if self._targets:
             trainable.prepare(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._group_frozen(model, config)
+
+    def _group_frozen(self, model: nn.Module, config: Any) -> None:
+        """Run listed experts grouped while they have no adapter, or none that is active; stacks are grouped already."""
+        lists = {name: spec for name, spec in self._experts.items() if spec.experts}
+        report = group(model, lists, config.experts_backend, config.dequantize == "cache", override=False)
+        self._grouped = [*getattr(self, "_grouped", ()), *(one.name for one in report.blocks if one.new)]
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         if key in self._targets:
@@ -245,6 +253,7 @@ class MoELoraModel(LoraModel):
             raise
         for layer in layers:
             layer.unbind()
+        disable_grouped_experts(unloaded, self._grouped)
         return unloaded
 
     def _stock_layers(self) -> Iterator[tuple[str, LoraLayer]]:

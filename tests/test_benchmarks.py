@@ -96,3 +96,13 @@ def test_merging(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert found["bf16"]["base"] == pytest.approx(found["bf16"]["result"], rel=0.01)
     assert 1.2 < found["fp8"]["result"] / found["fp8-requantized"]["result"] < 2.1
     assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_frozen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rows = script("frozen").main(["--repeats", "2", "--tokens", "32"])
+    assert [(row["base"], row["forward"]) for row in rows] == [
+        (base, name) for base in ("bf16", "nf4") for name in ("itself", "grouped")
+    ]
+    assert all(row["cosine_output"] > 0.9999 and row["cosine_gradient"] > 0.9999 for row in rows[1::2])
+    assert "grouped" in capsys.readouterr().out

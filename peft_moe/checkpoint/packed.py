@@ -1,13 +1,12 @@
-"""Loading FP8 and MXFP4 checkpoints so that they stay packed in memory, on any device.
+"""Loading FP8, MXFP4 and bitsandbytes checkpoints so that they stay packed in memory, on any device.
 
-transformers dequantizes such checkpoints while it loads them where it has no kernel for them, and on a CPU always.
-`packed_config` gives a config with which `from_pretrained` keeps them as they are. It registers two quantizers of this
-package with transformers' registry, under names of their own: nothing that loads without it changes.
+transformers dequantizes FP8 and MXFP4 while it loads them where it has no kernel for them, and on a CPU always; of
+bitsandbytes it knows linears alone. `packed_config` gives a config with which `from_pretrained` keeps all as it is. Its
+quantizers stand in transformers' registry under names of their own: nothing that loads without it changes.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -15,18 +14,22 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from ..compat import HfQuantizer, QuantizationConfigMixin, quantizer_registry
+from ..compat import HfQuantizer, core_model_loading, quantizer_registry
+from ..quantize.config import BnbExpertsConfig
 from ..weights.grid import FLOAT8
 from .packed_modules import PackedLinear, pack_experts
+from .packed_settings import PackedConfig, float8_group
 from .scales import drop_unused_scales, recover_scales
+from .static_scales import activation_parameter, for_numbers
 
 FP8, MXFP4 = "peft_moe_fp8", "peft_moe_mxfp4"
+BITSANDBYTES = "bitsandbytes"
 _KINDS = {"fp8": FP8, "mxfp8": FP8, "mxfp4": MXFP4, "compressed-tensors": FP8}
 SETTINGS_OF_FP8 = tuple(method for method, kind in _KINDS.items() if kind == FP8)
 
 
 def packed_config(path: str, **kwargs: Any) -> Any:
-    """The config of an FP8 or MXFP4 checkpoint, with which `from_pretrained` leaves its weights packed.
+    """The config of an FP8, MXFP4 or bitsandbytes checkpoint, with which `from_pretrained` leaves its weights packed.
 
         model = AutoModelForCausalLM.from_pretrained(path, config=packed_config(path), dtype=torch.bfloat16)
 
@@ -38,74 +41,19 @@ def packed_config(path: str, **kwargs: Any) -> Any:
     found = getattr(config, "quantization_config", None)
     settings = found if isinstance(found, dict) else found.to_dict() if found is not None else {}
     method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
+    if method == BITSANDBYTES:
+        config.quantization_config = BnbExpertsConfig.from_dict(settings).to_dict()
+        return config
     if method not in _KINDS:
+        known = ", ".join(sorted([*_KINDS, BITSANDBYTES]))
         raise ValueError(
-            f"{path}: its quantization is {method!r}, expected one of {', '.join(sorted(_KINDS))}. Load it with plain "
-            "`from_pretrained`."
+            f"{path}: its quantization is {method!r}, expected one of {known}. Load it with plain `from_pretrained`."
         )
     if method == "compressed-tensors":
-        _float8_group(settings, path)
+        float8_group(settings, path)
     _register()
     config.quantization_config = {**settings, "quant_method": _KINDS[method], "original": settings}
     return config
-
-
-def _float8_group(settings: dict[str, Any], path: str) -> dict[str, Any]:
-    """What a compressed-tensors config says of its weights. Raises `ValueError` unless all are 8-bit floats."""
-    groups = [group.get("weights") or {} for group in settings.get("config_groups", {}).values()]
-    if len(groups) != 1 or groups[0].get("type") != "float" or groups[0].get("num_bits") != 8:
-        raise ValueError(
-            f"{path}: expected one group of 8-bit floating-point weights in its compressed-tensors config, found "
-            f"{[(group.get('type'), group.get('num_bits')) for group in groups]}"
-        )
-    return groups[0]
-
-
-class PackedConfig(QuantizationConfigMixin):
-    """The quantization config of a checkpoint whose weights stay packed. It is saved as the original one."""
-
-    def __init__(self, original: dict[str, Any], quant_method: str, **kwargs: Any) -> None:
-        self.original, self.quant_method = original, quant_method
-        self.modules_to_not_convert = original.get("modules_to_not_convert") or original.get("ignored_layers")
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self.original)
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """A setting of the checkpoint."""
-        return self.original.get(name, default)
-
-    @property
-    def weight_block_size(self) -> tuple[int, int] | None:
-        """Rows and columns of a block; `None` if the scales are not of blocks."""
-        if self.original.get("quant_method") == "compressed-tensors":
-            found = _float8_group(self.original, "the checkpoint").get("block_structure")
-        else:
-            found = self.original.get("weight_block_size", (128, 128))
-        return None if found is None else (int(found[0]), int(found[1]))
-
-    @property
-    def scale_name(self) -> str:
-        """How the scale of a linear is called."""
-        return "weight_scale" if self.original.get("quant_method") == "compressed-tensors" else "weight_scale_inv"
-
-    def scale_shape(self, rows: int, cols: int) -> tuple[int, ...]:
-        """Of the scale of a `(rows, cols)` weight."""
-        block = self.weight_block_size
-        if block is not None:
-            return math.ceil(rows / block[0]), math.ceil(cols / block[1])
-        if self.scale_name == "weight_scale_inv":
-            return ()
-        weights = _float8_group(self.original, "the checkpoint")
-        return (rows, 1) if weights.get("strategy") == "channel" else (1,)
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        """Of the scales."""
-        return torch.float8_e8m0fnu if self.original.get("scale_fmt") == "ue8m0" else torch.float32
 
 
 class _PackedQuantizer(HfQuantizer):
@@ -127,8 +75,10 @@ class _PackedQuantizer(HfQuantizer):
         return True
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """8-bit tensors are taken as the file holds them: a cast from one kind to another would ruin the codes."""
+        """8-bit tensors and scales are taken as the file holds them: a cast from one kind to another ruins codes."""
         stored = str(param.get_dtype() if hasattr(param, "get_dtype") else param.dtype)
+        if all("scale" in pattern for pattern in converter.source_patterns):
+            return None
         if stored.startswith("F8") or "float8" in stored or dtype in FLOAT8:
             return None  # nor are 16-bit weights cast to codes, of layers that this checkpoint leaves in 16 bits
         return super().get_new_dtype(converter, param, dtype)
@@ -219,6 +169,9 @@ class PackedFP8Quantizer(_PackedQuantizer):
                         module.in_features, module.out_features, module.bias is not None, config.scale_name, shape,
                         config.scale_dtype, config.weight_block_size,
                     )  # fmt: skip
+                if config.activation_scale_name is not None:
+                    number = activation_parameter(*((1,) if config.scale_name == "weight_scale" else ()))
+                    packed.register_parameter(config.activation_scale_name, number)
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, packed)
             elif name.endswith(".experts"):
@@ -226,11 +179,22 @@ class PackedFP8Quantizer(_PackedQuantizer):
         self._packed = frozenset(name for name, one in model.named_parameters() if one.dtype in FLOAT8)
         return model
 
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """No; what transformers 5 takes from it is that the shape of a parameter is not its business.
+
+        A stacked checkpoint has one scale an expert where single experts have two, of gate and of up. Stores check it.
+        """
+        return core_model_loading is not None and "scale" in param_name.rpartition(".")[2]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        updated = super().update_weight_conversions(weight_conversions, model)
+        return for_numbers(updated, model, self.quantization_config.activation_scale_name)
+
     def _pack(self, module: Any) -> None:
         names = [name for name in ("gate_up_proj", "up_proj", "down_proj") if _is_3d(getattr(module, name, None))]
         if not names:
             return
-        tensors = {}
+        tensors, activation = {}, self.quantization_config.activation_scale_name
         for name in names:
             weight = getattr(module, name)
             count, rows, cols = weight.shape
@@ -246,6 +210,8 @@ class PackedFP8Quantizer(_PackedQuantizer):
                     count, *shape, dtype=self.quantization_config.scale_dtype, device="meta"
                 ),
             }
+            if activation is not None:
+                tensors[name][f"{name}_{activation}"] = activation_parameter(count, 2 if apart else 1)
         pack_experts(module, tensors)
         module.block_size = self.quantization_config.weight_block_size
 

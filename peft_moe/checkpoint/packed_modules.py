@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..compat import onload_below
 from ..weights import open_modules, open_stacked
 from ..weights.built import BuiltWeight
 
@@ -32,7 +33,8 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0].to(ctx.dtype) @ ctx.linear.dense(ctx.dtype), None
+        with onload_below(ctx.linear):  # where its weight is offloaded again since the forward
+            return grads[0].to(ctx.dtype) @ ctx.linear.dense(ctx.dtype), None
 
 
 class PackedLinear(nn.Linear):

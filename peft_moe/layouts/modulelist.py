@@ -6,6 +6,7 @@ where they stand, one by one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,15 @@ def _linear_shape(linear: Any) -> tuple[int, int]:
     return linear.out_features, linear.in_features
 
 
+def _identity(activation: Callable[..., Any]) -> object:
+    """Equal for activations that compute the same: modules of one class and settings, or one function."""
+    if isinstance(activation, nn.Module):
+        return id(activation) if any(True for _ in activation.parameters()) else (type(activation), repr(activation))
+    if isinstance(activation, functools.partial):
+        return activation.func, repr(sorted(activation.keywords.items()))
+    return activation
+
+
 def _is_linear(module: object) -> bool:
     return isinstance(module, nn.Module) and hasattr(module, "in_features") and hasattr(module, "out_features")
 
@@ -62,7 +72,7 @@ def describe_modules(name: str, module: nn.Module, block: nn.Module) -> ExpertsS
     leaf = name.rpartition(".")[2]
     if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) or not leaf.endswith("experts") or "shared" in leaf:
         return None
-    children = {child_name: child for child_name, child in module.named_children() if child is not None}
+    children = {child_name: child for child_name, child in module._modules.items() if child is not None}
     if not children:
         return None
     if all(_is_linear(child) for child in children.values()):
@@ -85,6 +95,10 @@ def describe_modules(name: str, module: nn.Module, block: nn.Module) -> ExpertsS
     if len(shapes) > 1:
         return _refuse(f"its experts differ in shape: {sorted(shapes)}")
     inner, hidden = _linear_shape(getattr(first, up))
+    if len({id(child) for child in children.values()}) < len(children):
+        return _refuse("one module stands for several of its experts")
+    if len({_identity(one.activation) for one in forms.values()}) > 1:
+        return _refuse("its experts differ in activation")
     has_bias = any(getattr(getattr(first, leaf), "bias", None) is not None for leaf in names)
     block_forward = None if has_bias else find_block_forward(block)
     if gate is None:

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..ops.activation import GatedSwish
+
 TARGETS = ("gate_up_proj", "down_proj")
 
 
@@ -93,7 +95,7 @@ class ExpertsSpec:
         call: `(base, runner, *args, **kwargs)`, the forward of stacked experts, see `layouts.calls`. `None`, and no
             `block_forward`: the base runs itself and each expert's linears are adapted one by one.
         activation: `(base, pre) -> hidden`, between the two projections; `None`: there is only one.
-        closed_form: name of the activation in `ops.activation` if it has one there.
+        closed_form: the activation as `ops.activation` knows it, if it has one there.
         post_norm: name of a norm on each expert's output, before the routing weight.
         experts: names of the expert modules where the base is a list of modules; empty for stacked parameters.
         block_forward: `(block, run, *args, **kwargs)`, the forward of the block around a list of expert modules with
@@ -107,7 +109,7 @@ class ExpertsSpec:
     projections: tuple[ProjectionSpec, ...]
     call: Callable[..., Any] | None
     activation: Callable[[Any, Tensor], Tensor] | None = None
-    closed_form: str | None = None
+    closed_form: GatedSwish | None = None
     post_norm: str | None = None
     experts: tuple[str, ...] = ()
     block_forward: Callable[..., Any] | None = None

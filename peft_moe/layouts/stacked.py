@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.activation import SILU_GATED
+from ..ops.activation import SILU_GATED, GatedSwish
 from . import calls
 from .spec import ExpertsSpec, Part, ProjectionSpec, logical_shape
 
@@ -59,6 +59,14 @@ def _gpt_oss_gate(base: Any, pre: Tensor) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(gate * base.alpha)
 
 
+def _gpt_oss_form(base: Any) -> GatedSwish | None:
+    """`_gpt_oss_gate`, which is that of transformers 5 too, as `ops.activation` knows it."""
+    own = type(base).__module__.endswith((".modeling_gpt_oss", ".mxfp4"))
+    if not own or not all(isinstance(getattr(base, name, None), (int, float)) for name in ("alpha", "limit")):
+        return None
+    return GatedSwish(float(base.alpha), 1.0, float(base.limit), interleaved=True)
+
+
 def is_silu(activation: object) -> bool:
     """Whether this module or function is SiLU, under any of its names."""
     return type(activation).__name__ in ("SiLU", "SiLUActivation") or activation is torch.nn.functional.silu
@@ -99,12 +107,13 @@ def _interface(base: Any) -> ExpertsSpec | None:
     if base.has_gate:
         gate = "concatenated" if base.is_concatenated else "interleaved"
     closed = base.has_gate and _default_gate(base) and is_silu(getattr(base, "act_fn", None))
+    form = _gpt_oss_form(base) if type(base).__name__ == "GptOssExperts" else None
     return ExpertsSpec(
         num_experts=_shape(base, "down_proj")[0],
         projections=_two_projections(base, first=first, transposed=base.is_transposed, gate=gate, bias=base.has_bias),
         call=calls.tokens_index_weights,
         activation=_own_gate if base.has_gate else _ungated,
-        closed_form=SILU_GATED if closed else None,
+        closed_form=SILU_GATED if closed else form,
         post_norm="post_expert_norm" if getattr(base, "has_post_expert_norm", False) else None,
         # Its own forward multiplies in fp32, whatever the weights are.
         compute_dtype=torch.float32 if type(base).__name__ == "OpenAIPrivacyFilterExperts" else None,
@@ -126,7 +135,7 @@ def _plain(
             ),
             call=call,
             activation=activation,
-            closed_form=SILU_GATED if closed else None,
+            closed_form=SILU_GATED if closed else _gpt_oss_form(base) if activation is _gpt_oss_gate else None,
             sentinels=call is calls.identity_experts,
         )
 
@@ -216,6 +225,7 @@ def _mxfp4(base: Any) -> ExpertsSpec:
         ),
         call=calls.tokens_scattered_weights if scattered else calls.tokens_index_weights,
         activation=_gpt_oss_gate,
+        closed_form=_gpt_oss_form(base),
     )  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """Which backend runs the experts, and what it asks of ranks.
 
 "triton": the kernels of `ops/triton`. "grouped_mm": torch's grouped product. "loop": one product an expert. "auto"
-takes the first of them that runs, and is right, on this device and dtype.
+takes the first of them that runs, and is right, on this device and dtype. `PEFT_MOE_GROUPED=0` leaves the loop alone.
 """
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib.util import find_spec
 
@@ -13,7 +14,13 @@ import torch
 
 BACKENDS = ("auto", "triton", "grouped_mm", "loop")
 MAX_KERNEL_RANK = 64  # above, LoRA A inside the kernel costs more than it saves
+SWITCH = "PEFT_MOE_GROUPED"  # environment: 0 turns every grouped path off
 _ALIGNMENT = 16  # bytes
+
+
+def grouped_is_off() -> bool:
+    """Whether the environment turns grouped products off: frozen experts run by themselves, adapted ones in a loop."""
+    return os.environ.get(SWITCH, "1").lower() in ("0", "false", "off")
 
 
 @cache
@@ -31,6 +38,8 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, rank: int, 
 
     Raises `ValueError` if "triton" is asked for and cannot run.
     """
+    if grouped_is_off():
+        return "loop"
     if requested == "triton":
         if find_spec("triton") is None:
             raise ValueError("experts_backend='triton' needs the package triton: pip install 'peft-moe[triton]'")

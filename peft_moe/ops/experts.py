@@ -22,12 +22,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import pieces
 from .activation import Activation
-from .linear import FrozenStack, stack_tensor
-from .routing import Routing, mask_rows
+from .linear import FrozenStack, first_order_only, stack_tensor
+from .routing import Routing
 
 
 class Projection(NamedTuple):
@@ -45,7 +44,7 @@ class Projection(NamedTuple):
     scale: float = 1.0
 
 
-def _pieces(backend: str) -> ModuleType:
+def pieces_of(backend: str) -> ModuleType:
     """The module whose functions a backend runs; triton is imported only where it runs."""
     if backend != "triton":
         return pieces
@@ -80,7 +79,7 @@ class _ExpertMLP(torch.autograd.Function):
         backend: str,
         dtype: torch.dtype,
     ) -> Tensor:
-        run = _pieces(backend)
+        run = pieces_of(backend)
         routing = Routing(order, source, inverse, experts, offsets, weights.shape[1], valid)
         rows = run.gather(x, source)
         pre, up_low = run.project(rows, stack_tensor(up_weight), up_a, up_b, up_scale, up_bias, routing, backend)
@@ -103,18 +102,17 @@ class _ExpertMLP(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # what was saved has no history: a second derivative would be wrong
+    @first_order_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (
             x, weights, pre, up_low, down_low, up_a, up_b, down_a, down_b, down_bias,
             up_weight, down_weight, order, inverse, experts, offsets, valid,
         ) = ctx.saved_tensors  # fmt: skip
-        backend, run = ctx.backend, _pieces(ctx.backend)
+        backend, run = ctx.backend, pieces_of(ctx.backend)
         need_x, need_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         need_up = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
         source = order // weights.shape[1]  # rebuilt: it is as large as the routing itself
         routing = Routing(order, source, inverse, experts, offsets, weights.shape[1], valid)
-        row_weight = weights.reshape(-1)[order]
 
         d_out = grads[0].to(x.dtype)
         d_rows = run.gather(d_out, source)  # before weighting
@@ -124,7 +122,7 @@ class _ExpertMLP(torch.autograd.Function):
             d_rows, down_weight.mT, _mT(down_b), _mT(down_a), ctx.down_scale, None, routing, backend
         )
         del down_weight
-        d_pre, dots, hidden = run.activate_rows_backward(ctx.activation, pre, d_hidden, row_weight)
+        d_pre, dots, hidden = run.activate_rows_backward(ctx.activation, pre, d_hidden, weights, routing)
         del d_hidden
         d_down_a: Tensor | None = None
         d_down_b: Tensor | None = None
@@ -133,15 +131,15 @@ class _ExpertMLP(torch.autograd.Function):
         d_weights: Tensor | None = None
         d_x: Tensor | None = None
         if ctx.needs_input_grad[10]:
-            d_down_b = run.outer(d_rows, down_low, row_weight, routing, False, backend)
+            d_down_b = run.outer(d_rows, down_low, weights, routing, False, backend)
         if ctx.needs_input_grad[9]:
-            d_down_a = run.outer((hidden, None), d_down_low, row_weight, routing, True, backend)
+            d_down_a = run.outer((hidden, None), d_down_low, weights, routing, True, backend)
         del hidden
         if need_weights:
             if down_bias is not None:
-                dots = dots + (d_out[source] * down_bias[experts]).sum(dim=-1, dtype=dots.dtype)
-            dots = mask_rows(dots.unsqueeze(-1), valid).squeeze(-1)
-            d_weights = dots[inverse].view(weights.shape).to(weights.dtype)
+                of_bias = (d_out[source] * down_bias[experts]).sum(dim=-1, dtype=dots.dtype)
+                dots = dots + pieces.unsort(of_bias, routing)
+            d_weights = dots.view(weights.shape).to(weights.dtype)
         if ctx.needs_input_grad[5]:
             d_up_b = run.outer((d_pre, None), up_low, None, routing, False, backend)
         if need_x or need_up:

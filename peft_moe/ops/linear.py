@@ -6,6 +6,7 @@ that differ by row, a norm after the experts, projections that are called one by
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,22 @@ from .grouped import grouped_mm, grouped_outer
 
 # A frozen stack `(E, N, K)`: the tensor, or what builds it where keeping it would cost memory.
 FrozenStack = Tensor | Callable[[], Tensor]
+
+
+def first_order_only(backward: Any) -> Any:
+    """Raise where a second derivative is asked for: what was saved has no history, and it would be silently wrong."""
+    once = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "grouped experts have no second derivatives (`create_graph=True`). Compute without, or set "
+                "PEFT_MOE_GROUPED=0 with frozen experts."
+            )
+        return once(ctx, *grads)
+
+    return checked
 
 
 def stack_tensor(stack: FrozenStack) -> Tensor:
@@ -37,7 +54,7 @@ class FrozenGroupedLinear(torch.autograd.Function):
         return grouped_mm(x, weight.mT, offsets, backend)
 
     @staticmethod
-    @once_differentiable  # what was saved has no history: a second derivative would be wrong
+    @first_order_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         offsets, weight = ctx.saved_tensors
         weight = ctx.build() if weight is None else weight
@@ -55,7 +72,7 @@ class GroupedLora(torch.autograd.Function):
         return grouped_mm(low, b.mT, offsets, backend)
 
     @staticmethod
-    @once_differentiable  # what was saved has no history: a second derivative would be wrong
+    @first_order_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, low, offsets = ctx.saved_tensors
         grad = grads[0].contiguous()

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .activation import Activation, activate, activate_backward
 from .grouped import grouped_mm, grouped_outer
-from .routing import Routing, mask_rows
+from .routing import Routing, mask_rows, route
+
+__all__ = ["activate_rows", "activate_rows_backward", "combine", "gather", "outer", "project", "route", "unsort"]
 
 Rows = tuple[Tensor, Tensor | None]
 
@@ -51,26 +53,36 @@ def activate_rows(activation: Activation, pre: Tensor) -> Tensor:
 
 
 def activate_rows_backward(
-    activation: Activation, pre: Tensor, d_hidden: Tensor, weight: Tensor
+    activation: Activation, pre: Tensor, d_hidden: Tensor, weights: Tensor, routing: Routing
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of the activation and of the routing weight.
 
-    Args: pre `(S, N)`, d_hidden `(S, I)` before weighting, weight `(S,)` routing weight of each row.
-    Returns: d_pre `(S, N)`; rowdot(hidden, d_hidden) `(S,)` in fp32; hidden `(S, I)`.
+    Args: pre `(S, N)`, d_hidden `(S, I)` before weighting, both sorted. weights `(T, k)`.
+    Returns: d_pre `(S, N)`; rowdot(hidden, d_hidden) `(S,)` in fp32, in the order of weights, zero for rows of no
+        expert; hidden `(S, I)`.
     """
     hidden = activate(activation, pre)
     dots = (hidden * d_hidden).sum(dim=-1, dtype=torch.promote_types(pre.dtype, torch.float32))
-    weighted = (d_hidden * weight.unsqueeze(-1)).to(pre.dtype)
-    return activate_backward(activation, pre, weighted), dots, hidden
+    weighted = (d_hidden * _sorted(weights, routing)).to(pre.dtype)
+    return activate_backward(activation, pre, weighted), unsort(dots, routing), hidden
 
 
-def outer(big: Rows, small: Tensor, weight: Tensor | None, routing: Routing, transposed: bool, backend: str) -> Tensor:
-    """Per expert `bigᵀ (weight * small)`: `(E, N, R)`, or `(E, R, N)` if `transposed`; zero without rows.
+def _sorted(weights: Tensor, routing: Routing) -> Tensor:
+    return weights.reshape(-1)[routing.order].unsqueeze(-1)
 
-    Args: big: rows of width N. small `(S, R)`. weight `(S,)` or `None`.
+
+def unsort(values: Tensor, routing: Routing) -> Tensor:
+    """`(S,)` values of sorted rows -> those of `(T, k)` in flat order, zero for rows of no expert."""
+    return mask_rows(values.unsqueeze(-1), routing.valid).squeeze(-1)[routing.inverse]
+
+
+def outer(big: Rows, small: Tensor, weights: Tensor | None, routing: Routing, transposed: bool, backend: str) -> Tensor:
+    """Per expert `bigᵀ (w * small)`: `(E, N, R)`, or `(E, R, N)` if `transposed`; zero without rows.
+
+    Args: big: rows of width N. small `(S, R)`. weights `(T, k)`, or `None` for ones.
     """
-    if weight is not None:
-        small = (small * weight.unsqueeze(-1)).to(small.dtype)
+    if weights is not None:
+        small = (small * _sorted(weights, routing)).to(small.dtype)
     pair = (small, big[0]) if transposed else (big[0], small)
     return grouped_outer(*pair, routing.offsets, backend)
 

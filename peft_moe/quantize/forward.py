@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..layer import MoELoraLayer
+from ..binding import ReplacedForward
+from ..frozen import FrozenExperts
 from ..layouts import describe
 from ..weights.bnb_records import RECORDS
 
@@ -16,29 +17,26 @@ def is_packed(module: nn.Module) -> bool:
     return any(getattr(child, RECORDS, None) for child in module.modules())
 
 
-class PackedForward:
+class PackedForward(ReplacedForward):
     """Runs the experts of one module grouped, without adapters, while its stacks are packed; after that its own.
 
-    An object and not a closure, so that a model can still be copied and pickled. Adapters do not come this way: they
-    wrap the module and run its experts themselves.
+    Adapters do not come this way: they wrap the module and run its experts themselves.
 
     Args: module: the experts module, which gets this as its `forward`. name, parent: its path and what holds it.
     """
 
     def __init__(self, module: nn.Module, name: str, parent: nn.Module) -> None:
-        self.module, self.name, self.parent = module, name, parent
-        self.layer: MoELoraLayer | None = None
-        self.replaced = vars(module).get("forward")
-        vars(module)["forward"] = self
+        super().__init__(module)
+        self.name, self.parent = name, parent
+        self.experts: FrozenExperts | None = None
+        self.install()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not is_packed(self.module):
-            if self.replaced is not None:
-                return self.replaced(*args, **kwargs)
-            return type(self.module).forward(self.module, *args, **kwargs)
-        if self.layer is None:
+            return self.original(*args, **kwargs)
+        if self.experts is None:
             spec = describe(self.name, self.module, self.parent)
             assert spec is not None and spec.call is not None  # the module was packed because it has both
-            self.layer = MoELoraLayer(self.module, spec, self.name)
-        assert self.layer.spec.call is not None
-        return self.layer.spec.call(self.module, self.layer, *args, **kwargs)
+            self.experts = FrozenExperts(self.module, spec, self.name)
+        assert self.experts.spec.call is not None
+        return self.experts.spec.call(self.module, self.experts, *args, **kwargs)

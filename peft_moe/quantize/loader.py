@@ -19,13 +19,24 @@ from transformers import PreTrainedModel
 
 from ..compat import Bnb4BitHfQuantizer, Bnb8BitHfQuantizer
 from ..compat import quantizer_registry as auto
-from ..weights.bnb_codes import library
-from ..weights.bnb_records import RECORDS, find_record, install, record_from, statistics_names, uninstall
+from ..weights.bnb_records import (
+    FOUR_BIT_NAMES,
+    INT8_LINEAR_NAMES,
+    RECORDS,
+    PackedRecord,
+    find_record,
+    install,
+    record_from,
+    record_of_linear,
+    statistics_names,
+    uninstall,
+)
 from ..weights.built import split_path
 from . import conversions
 from .config import METHODS, BnbExpertsConfig, stock_method
 from .experts import Stack, bind, find_stacks, is_skipped, listed_linears
-from .packing import pack
+from .packing import pack, parameter_of
+from .singles import join_singles
 
 
 class _ExpertsQuantizer:
@@ -99,34 +110,50 @@ class _ExpertsQuantizer:
 
     def restore_stack(self, model: Any, name: str, packed: Tensor, statistics: dict[str, Tensor]) -> nn.Parameter:
         """The parameter of packed bytes that were read with their statistics. Raises `ValueError` where they misfit."""
-        modules, config = library().nn, self.quantization_config
         try:
-            record = record_from(statistics, packed.device, config.compute_dtype)
+            record = record_from(statistics, packed.device, self.quantization_config.compute_dtype)
         except ValueError as error:
             raise ValueError(f"{name}: {error}. The checkpoint is not complete.") from error
+        return self._place(model, name, packed, record)
+
+    def stack_singles(self, model: Any, name: str, singles: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> nn.Parameter:
+        """The parameter of linears that were packed one by one, `(packed, statistics)` each: see `join_singles`."""
+        compute_dtype, dtype = self.quantization_config.compute_dtype, model.get_parameter(name).dtype
+        try:
+            found = [(codes, record_of_linear(codes, facts, dtype, compute_dtype)) for codes, facts in singles]
+            packed, record = join_singles(found, model.get_parameter(name).shape[0])
+        except ValueError as error:
+            raise ValueError(
+                f"{name}: its experts were quantized one by one, and cannot be stacked as they are: {error}. Load the "
+                "checkpoint with the version of transformers that wrote it, or quantize the 16-bit checkpoint again."
+            ) from error
+        return self._place(model, name, packed, record)
+
+    def read_linear(self, model: Any, name: str, packed: Tensor, statistics: dict[str, Tensor]) -> Tensor:
+        """The weights of a linear that was packed, for a model that holds them plainly (a router)."""
+        expected = model.get_parameter(name)
+        try:
+            record = record_of_linear(packed, statistics, expected.dtype, None)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}. The checkpoint is not complete.") from error
+        if record.shape != expected.shape:
+            raise ValueError(_misfit(name, record.shape, expected.shape))
+        return record.dense(packed, expected.dtype)
+
+    def _place(self, model: Any, name: str, packed: Tensor, record: PackedRecord) -> nn.Parameter:
+        config = self.quantization_config
         owner, leaf = split_path(model, name)
         expected, count = getattr(owner, leaf), record.shape.numel()
         if find_record(owner, leaf) is None and tuple(expected.shape) != tuple(record.shape):
-            raise ValueError(
-                f"{name}: the checkpoint packs a weight of shape {tuple(record.shape)}, the model expects "
-                f"{tuple(expected.shape)}: its config.json does not belong to these weights."
-            )
+            raise ValueError(_misfit(name, record.shape, expected.shape))
         bytes_ = count if config.load_in_8bit else -(-count // 2)
         if packed.numel() * packed.element_size() != bytes_:
             raise ValueError(
                 f"{name}: {tuple(record.shape)} takes {bytes_} bytes, found {tuple(packed.shape)} in {packed.dtype}"
             )
         if config.load_in_4bit and packed.dtype == torch.uint8:
-            packed = packed.view(config.bnb_4bit_quant_storage)
-        if config.load_in_8bit:
-            parameter = modules.Int8Params(packed, requires_grad=False, SCB=record.state.SCB)
-        else:
-            parameter = modules.Params4bit(
-                packed, requires_grad=False, quant_state=record.state, blocksize=record.state.blocksize,
-                compress_statistics=record.state.nested, quant_type=record.state.quant_type,
-                quant_storage=packed.dtype, bnb_quantized=True,
-            )  # fmt: skip
-        return self._install(model, name, parameter, record)
+            packed = packed.reshape(-1).view(config.bnb_4bit_quant_storage).unsqueeze(1)
+        return self._install(model, name, parameter_of(packed, record), record)
 
     def _install(self, model: Any, name: str, parameter: nn.Parameter, record: Any) -> nn.Parameter:
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers draws it anew
@@ -162,9 +189,7 @@ class _ExpertsQuantizer:
             owner, leaf = split_path(model, name)
             record = find_record(owner, leaf)
             if record is not None and leaf in getattr(owner, RECORDS, {}):
-                dense = torch.empty(record.shape, dtype=dtype or record.dtype, device=getattr(owner, leaf).device)
-                record.codes(getattr(owner, leaf)).read(0, dense.numel(), dense)
-                uninstall(owner, leaf, dense)
+                uninstall(owner, leaf, record.dense(getattr(owner, leaf), dtype or record.dtype))
         if any(type(module).__name__ in ("Linear4bit", "Linear8bitLt") for module in model.modules()):
             return super()._dequantize(model, *args, **kwargs)  # type: ignore[misc]
         return model
@@ -180,7 +205,8 @@ class _ExpertsQuantizer:
         updated = super().update_weight_conversions(weight_conversions, model)  # type: ignore[misc]
         if not self.pre_quantized:
             return updated
-        return conversions.for_packed_checkpoint(self, updated, list(self.stacks), self._suffixes())
+        singles = INT8_LINEAR_NAMES if self.quantization_config.load_in_8bit else FOUR_BIT_NAMES
+        return conversions.for_packed_checkpoint(self, updated, list(self.stacks), self._suffixes(), singles)
 
     # --- transformers 4 ------------------------------------------------------------------------------------------
 
@@ -271,6 +297,13 @@ def declare(model: nn.Module, config: BnbExpertsConfig, stacks: Sequence[Stack])
     model.config.quantization_config = quantizer.quantization_config
     setattr(model, f"is_loaded_in_{8 if config.load_in_8bit else 4}bit", True)
     conversions.keep_stacked(model, [stack.name for stack in stacks])
+
+
+def _misfit(name: str, found: Any, expected: Any) -> str:
+    return (
+        f"{name}: the checkpoint packs a weight of shape {tuple(found)}, the model expects {tuple(expected)}: its "
+        "config.json does not belong to these weights."
+    )
 
 
 def _is_packed(model: Any, name: str) -> bool:

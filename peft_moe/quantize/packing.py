@@ -21,7 +21,6 @@ def pack(values: Tensor, settings: PackSettings) -> tuple[nn.Parameter, PackedRe
     bitsandbytes quantizes it in one call, or range by range where it has more elements than its kernels can count.
     Raises `ValueError` for values that are not floating or not finite, and `ImportError` without bitsandbytes.
     """
-    modules = bnb_codes.library().nn
     if not values.is_floating_point():
         raise ValueError(f"expected weights in 16 or 32 bits to quantize, found {values.dtype}")
     dtype, shape = values.dtype, values.shape
@@ -32,16 +31,23 @@ def pack(values: Tensor, settings: PackSettings) -> tuple[nn.Parameter, PackedRe
         values = values.float()
     if settings.quant_type == "int8":
         codes, scales = _pack_rows(values.reshape(-1, shape[-1]))
-        parameter = modules.Int8Params(codes, requires_grad=False, SCB=scales)
-        return parameter, PackedRecord(Int8State(scales, shape, dtype), settings.compute_dtype)
+        record = PackedRecord(Int8State(scales, shape, dtype), settings.compute_dtype)
+        return parameter_of(codes, record), record
     packed, state = _pack_blocks(values, settings)
     state.dtype, state.shape = values.dtype, shape
-    parameter = modules.Params4bit(
-        packed, requires_grad=False, quant_state=state, blocksize=settings.blocksize,
-        compress_statistics=settings.nested, quant_type=settings.quant_type, quant_storage=settings.storage,
-        bnb_quantized=True,
+    record = PackedRecord(state, settings.compute_dtype)
+    return parameter_of(packed, record), record
+
+
+def parameter_of(packed: Tensor, record: PackedRecord) -> nn.Parameter:
+    """The frozen parameter of packed codes, of bitsandbytes' own class, in the storage dtype that they have."""
+    modules, state = bnb_codes.library().nn, record.state
+    if isinstance(state, Int8State):
+        return modules.Int8Params(packed, requires_grad=False, SCB=state.SCB)
+    return modules.Params4bit(
+        packed, requires_grad=False, quant_state=state, blocksize=state.blocksize, compress_statistics=state.nested,
+        quant_type=state.quant_type, quant_storage=packed.dtype, bnb_quantized=True,
     )  # fmt: skip
-    return parameter, PackedRecord(state, settings.compute_dtype)
 
 
 def _limit(values: Tensor) -> int:

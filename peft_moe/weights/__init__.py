@@ -9,12 +9,15 @@ from torch import nn
 
 from .base import ExpertWeight
 from .bnb import BnbWeight, is_packed_linear, is_packed_stack, open_bnb_modules, open_bnb_stack
+from .bnb_house import BnbHouse
 from .bnb_pieces import put_linear, saved_linear
-from .dense import DenseStack, ModuleStack, parameter_at
+from .dense import DENSE_DTYPES, DenseStack, ModuleStack, parameter_at
 from .fp8 import FP8Weight, has_float8, open_fp8_modules, open_fp8_stack
+from .fp8_house import FP8House
 from .mxfp4 import MXFP4Weight, find_packed4, open_mxfp4, refuse_unknown
 
 __all__ = [
+    "DENSE_DTYPES",
     "BnbWeight",
     "DenseStack",
     "ExpertWeight",
@@ -61,9 +64,13 @@ def open_modules(linears: Sequence[Sequence[Any]], shape: tuple[int, int, int], 
     Raises `ValueError` for a storage that no store can read.
     """
     if any(is_packed_linear(linear) for expert in linears for linear in expert):
-        return open_bnb_modules(linears, shape, name)
+        packed = open_bnb_modules(linears, shape, name)
+        packed.house = BnbHouse(packed.pieces)
+        return packed
     weights = [getattr(linear, "weight", None) for expert in linears for linear in expert]
     if has_float8(weights):
-        return open_fp8_modules(linears, shape, name)
+        scaled = open_fp8_modules(linears, shape, name)
+        scaled.house = FP8House(scaled.pieces)
+        return scaled
     refuse_unknown(weights, name)
     return ModuleStack(linears, shape, name)

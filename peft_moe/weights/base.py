@@ -52,3 +52,15 @@ class ExpertWeight(Protocol):
 
     def freeze(self) -> None:
         """Set `requires_grad` of the stored tensors to False."""
+
+    def prepare(self) -> None:
+        """Do now what the next `frozen` would do first, which `torch.compile` cannot follow."""
+
+    def release(self) -> None:
+        """Give up what was made for multiplying: a common storage of many modules, weights that were built."""
+
+    def abandon(self) -> None:
+        """The same, where another store has taken over the modules."""
+
+    def same_source(self, other: Any) -> bool:
+        """Whether another store of this class reads the same tensors' modules."""

@@ -82,7 +82,11 @@ class FourBit:
             code=outer.code,
             blocksize=size,
         )
-        return (found.reshape(-1) + state.offset)[first - low : last - low]
+        return self._shift(found.reshape(-1), low)[first - low : last - low]
+
+    def _shift(self, scales: Tensor, first: int) -> Tensor:
+        """Nested scales with the offset added that their codes leave out. Args: first: number of the first of them."""
+        return scales + self.state.offset
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
         """Decode the elements `start` to `stop` into a contiguous tensor of that many elements, any floating dtype."""

@@ -49,6 +49,10 @@ class StackPiece:
         self.experts, self.rows, self.transposed = experts, rows, transposed
 
     @property
+    def source(self) -> tuple[Any, str]:
+        return self.owner, self.parameter
+
+    @property
     def record(self) -> Any:
         """Statistics of the parameter."""
         return find_record(self.owner, self.parameter)
@@ -111,10 +115,7 @@ class StackPiece:
         if not self.packed:
             self.parameters[0].data = self.parameters[0].data.to(dtype)
             return
-        codes = self.codes()
-        dense = torch.empty(self.record.shape, dtype=dtype, device=self.parameters[0].device)
-        codes.read(0, dense.numel(), dense)
-        uninstall(self.owner, self.parameter, dense)
+        uninstall(self.owner, self.parameter, self.record.dense(self.parameters[0], dtype))
 
 
 class LinearPiece:
@@ -124,6 +125,10 @@ class LinearPiece:
 
     def __init__(self, linear: Any, expert: int, rows: slice, where: str) -> None:
         self.linear, self.expert, self.rows, self.where = linear, expert, rows, where
+
+    @property
+    def source(self) -> tuple[Any, str]:
+        return self.linear, "weight"
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -139,7 +144,8 @@ class LinearPiece:
         return is_packed_linear(self.linear)
 
     @property
-    def _is_int8(self) -> bool:
+    def is_int8(self) -> bool:
+        """Whether its codes are int8, not 4 bits."""
         return self.linear.weight.dtype == torch.int8 and getattr(self.linear, "quant_state", None) is None
 
     @property
@@ -161,7 +167,7 @@ class LinearPiece:
     @property
     def original_dtype(self) -> torch.dtype | None:
         """Of what was quantized, as far as anything tells."""
-        if not self._is_int8:
+        if not self.is_int8:
             return self._state.dtype if not self.repacked else self._state.original_dtype
         bias = getattr(self.linear, "bias", None)
         return getattr(self.linear, "original_dtype", None if bias is None else bias.dtype)
@@ -169,11 +175,11 @@ class LinearPiece:
     @property
     def repacked(self) -> bool:
         """Whether a forward on the CPU has put the 4-bit codes into an order of its own."""
-        return not self._is_int8 and bool(getattr(self._state, "packing_format_for_cpu", False))
+        return not self.is_int8 and bool(getattr(self._state, "packing_format_for_cpu", False))
 
     def check(self) -> None:
         kind = type(self.linear).__name__
-        if self._is_int8:
+        if self.is_int8:
             if self._scales is None and self.linear.weight.device.type != "meta":
                 raise ValueError(
                     f"{self.where} ({kind}) holds int8 codes without SCB, their scales: they mean nothing."
@@ -189,7 +195,7 @@ class LinearPiece:
         weight = self.linear.weight
         if not self.packed:
             return Plain(weight)
-        if self._is_int8:
+        if self.is_int8:
             scales = self._scales
             assert scales is not None
             if scales.device != weight.device:
@@ -221,7 +227,7 @@ class LinearPiece:
 
     def saved(self) -> tuple[Tensor, Any]:
         """The stored bytes and statistics."""
-        state = self._scales if self._is_int8 else self._state if self.packed else None
+        state = self._scales if self.is_int8 else self._state if self.packed else None
         return saved_state(self.linear.weight, state)
 
     def put(self, saved: tuple[Tensor, Any]) -> None:
@@ -232,7 +238,7 @@ class LinearPiece:
             weight.data.copy_(data)
         else:
             weight.data = data.to(weight.device, copy=True)
-        if self._is_int8:
+        if self.is_int8:
             scales = self._scales
             assert scales is not None
             scales.copy_(state)

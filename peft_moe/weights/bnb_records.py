@@ -18,6 +18,12 @@ from .bnb_codes import EightBit, FourBit, functional, library
 
 RECORDS = "packed_weights"  # also read by `layouts.spec.logical_shape`
 _INT8_STATE = "quant_state.peft_moe__int8"
+#: Suffixes of all statistics that 4-bit weights can have; those of int8 linears, which stand beside `weight`.
+FOUR_BIT_NAMES = (
+    "absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4",
+    "quant_state.bitsandbytes__fp4",
+)  # fmt: skip
+INT8_LINEAR_NAMES = ("SCB", "weight_format")
 
 
 @dataclass
@@ -58,13 +64,26 @@ class PackedRecord:
         return self.state.dtype
 
     def codes(self, data: Tensor) -> FourBit | EightBit:
-        """The codes of a packed tensor, with the statistics on its device."""
+        """The codes of a packed tensor, with the statistics on its device. Raises `ValueError` if it was cast."""
+        bytes_ = self.shape.numel() if isinstance(self.state, Int8State) else -(-self.shape.numel() // 2)
+        if data.numel() * data.element_size() != bytes_:
+            raise ValueError(
+                f"a packed weight of shape {tuple(self.shape)} takes {bytes_} bytes, found {tuple(data.shape)} in "
+                f"{data.dtype}: whatever moved it has cast its bytes, as accelerate does with bytes that are stored in "
+                "a floating dtype. To offload packed experts, quantize them with `bnb_4bit_quant_storage=torch.uint8`."
+            )
         statistics = self.state.SCB if isinstance(self.state, Int8State) else self.state.absmax
         if statistics.device != data.device and data.device.type != "meta":
             self.state.to(data.device)
         if isinstance(self.state, Int8State):
             return EightBit(data, self.state.SCB)
         return FourBit(data, self.state)
+
+    def dense(self, data: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weights of a packed tensor, in the shape in which they were packed."""
+        out = torch.empty(self.shape, dtype=dtype, device=data.device)
+        self.codes(data).read(0, out.numel(), out)
+        return out
 
     def statistics(self) -> dict[str, Tensor]:
         """What has to be saved with the packed tensor, by suffix of its key."""
@@ -101,6 +120,29 @@ def record_from(statistics: dict[str, Tensor], device: Any, compute_dtype: torch
     return PackedRecord(functional().QuantState.from_dict(statistics, device=torch.device(device)), compute_dtype)
 
 
+def record_of_linear(
+    packed: Tensor, statistics: dict[str, Tensor], dtype: torch.dtype, compute_dtype: torch.dtype | None
+) -> PackedRecord:
+    """The record of one linear's `(out, in)` weight, as bitsandbytes saves it.
+
+    Args: dtype: of what was quantized; int8 statistics do not say it.
+
+    Raises `ValueError` if statistics are missing, or do not fit the codes.
+    """
+    if packed.dtype != torch.int8 or "SCB" not in statistics:
+        record = record_from(statistics, packed.device, compute_dtype)
+        if -(-record.shape.numel() // 2) != packed.numel() * packed.element_size():
+            raise ValueError(f"codes of shape {tuple(packed.shape)} do not hold a weight of {tuple(record.shape)}")
+        return record
+    scales, order = statistics["SCB"], int(statistics.get("weight_format", torch.tensor(0)))
+    if order != 0 or scales.shape != packed.shape[:1]:
+        raise ValueError(
+            f"int8 codes of shape {tuple(packed.shape)} with scales {tuple(scales.shape)} in format {order}; expected "
+            "a scale for each row, in format 0 (row by row)"
+        )
+    return PackedRecord(Int8State(scales.to(packed.device), packed.shape, dtype), compute_dtype)
+
+
 def find_record(owner: Any, name: str) -> PackedRecord | None:
     """The record of a module's parameter; `None` if it is not packed."""
     record = getattr(owner, RECORDS, {}).get(name)
@@ -112,9 +154,22 @@ def find_record(owner: Any, name: str) -> PackedRecord | None:
     attribute, value = (
         ("SCB", record.state.SCB) if isinstance(record.state, Int8State) else ("quant_state", record.state)
     )
-    if getattr(parameter, attribute, None) is not value:
-        setattr(parameter, attribute, value)
+    if not _same(getattr(parameter, attribute, None), value):
+        setattr(parameter, attribute, value if isinstance(value, Tensor) else _carried(value))
     return record
+
+
+def _carried(state: Any) -> Any:
+    from .bnb_state import carried
+
+    return carried(state)
+
+
+def _same(found: Any, state: Any) -> bool:
+    """Whether a parameter has the tensors of the record, and (of 4 bits) not the record's own state."""
+    if isinstance(state, Tensor) or found is None:
+        return found is state
+    return found is not state and found.absmax is state.absmax
 
 
 def install(owner: nn.Module, name: str, parameter: nn.Parameter, record: PackedRecord) -> None:
@@ -124,6 +179,7 @@ def install(owner: nn.Module, name: str, parameter: nn.Parameter, record: Packed
         owner.register_load_state_dict_pre_hook(_load_records)
     vars(owner).setdefault(RECORDS, {})[name] = record
     setattr(owner, name, parameter)
+    find_record(owner, name)
 
 
 def uninstall(owner: nn.Module, name: str, dense: Tensor) -> None:

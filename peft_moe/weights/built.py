@@ -1,4 +1,4 @@
-"""Weights that are not held in 16 bits: built for each product, in one workspace, or kept.
+"""Weights that are not held in 16 bits: built for each product, lent for that product, or kept.
 
 What all packed storages share. A storage is cut into pieces, each one tensor of the base (and what belongs to it): a
 stacked parameter of all experts, or the weight of one linear of one expert.
@@ -7,6 +7,7 @@ stacked parameter of all experts, or the weight of one linear of one expert.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,10 @@ class Piece(Protocol):
     @property
     def elements(self) -> int:
         """Weights of one expert."""
+
+    @property
+    def source(self) -> tuple[Any, str]:
+        """The module that holds it, and its name there."""
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -72,6 +77,25 @@ def stated_dtype(module: Any) -> torch.dtype:
     return torch.bfloat16
 
 
+class JoinedHouse(Protocol):
+    """The tensors of a list of linears, housed in one: all experts are read at once."""
+
+    def joined(self) -> Any:
+        """All of them as one; `None` if they differ."""
+
+    def fill(self, joined: Any, out: Tensor) -> None:
+        """Write the weights of what `joined` gave into a contiguous `(E, out, in)`."""
+
+    def versions(self) -> list[int]:
+        """Changes when any of them is written to."""
+
+    def release(self) -> None:
+        """Give each tensor a storage of its own again."""
+
+    def abandon(self) -> None:
+        """Forget the storage, which others house anew."""
+
+
 class BuiltWeight:
     """The reading side of a packed store.
 
@@ -82,6 +106,8 @@ class BuiltWeight:
 
     Raises `ValueError` for a weight that cannot be read.
     """
+
+    house: JoinedHouse | None = None  # of a list of linears
 
     @property
     def packed(self) -> bool:
@@ -164,27 +190,68 @@ class BuiltWeight:
         return self._fill(out, chosen, torch.promote_types(dtype, torch.float32))
 
     def build(self) -> Tensor:
-        """The whole stack in the compute dtype: in the shared workspace, or kept."""
-        self._check_devices()
-        wide = torch.promote_types(self.dtype, torch.float32)
+        """The whole stack in the compute dtype: lent for one product, or kept."""
+        return self._build(self._check(), self.dtype)
+
+    def _check(self) -> Any:
+        """What all experts are read from at once, or `None`; the tensors are where they have to be."""
+        joined = None if self.house is None else self.house.joined()
+        if joined is None:
+            self._check_devices()
+        return joined
+
+    def _build(self, joined: Any, dtype: torch.dtype) -> Tensor:
         if not self.keep_built:
-            return self._fill(self._space(workspace.borrow), range(self.shape[0]), wide)
-        key = (self.dtype, *[(t.data_ptr(), t.dtype, t._version) for p in self.pieces for t in p.parameters])
+            return self._build_into(self._space(workspace.borrow, dtype), joined)
+        if joined is not None:
+            assert self.house is not None
+            key: tuple[Any, ...] = (dtype, joined, *self.house.versions())
+        else:
+            key = (dtype, *[(t.data_ptr(), t.dtype, t._version) for p in self.pieces for t in p.parameters])
         if self._kept is None or self._kept[0] != key:
             self._kept = None  # free it before the next one is made
-            self._kept = (key, self._fill(self._space(_empty), range(self.shape[0]), wide))
+            self._kept = (key, self._build_into(self._space(_empty, dtype), joined))
         return self._kept[1]
 
-    def _space(self, make: Callable[..., Tensor]) -> Tensor:
+    @torch.no_grad()
+    def _build_into(self, out: Tensor, joined: Any) -> Tensor:
+        if joined is None:
+            return self._fill(out, range(self.shape[0]), torch.promote_types(out.dtype, torch.float32))
+        assert self.house is not None
+        self.house.fill(joined, out)
+        return out
+
+    def _space(self, make: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
         """A tensor `(E, out, in)`, in the orientation in which the base holds it."""
         experts, rows, cols = self.shape
         if all(piece.transposed for piece in self.pieces):
-            return make((experts, cols, rows), self.dtype, self.device).transpose(1, 2)
-        return make(self.shape, self.dtype, self.device)
+            return make((experts, cols, rows), dtype, self.device).transpose(1, 2)
+        return make(self.shape, dtype, self.device)
 
     def frozen(self) -> Callable[[], Tensor]:
-        """What builds the stack."""
-        return self.build
+        """What builds the stack, in forward and again in backward; what can be wrong is looked at here, once."""
+        return partial(self._build, self._check(), self.dtype)
+
+    def prepare(self) -> None:
+        """House the codes of a list now."""
+        if self.house is not None and self.device.type != "meta":
+            self.house.joined()
+
+    def release(self) -> None:
+        """Give each tensor a storage of its own again, and forget what was built."""
+        if self.house is not None:
+            self.house.release()
+        self._kept = None
+
+    def abandon(self) -> None:
+        """See `ExpertWeight.abandon`."""
+        if self.house is not None:
+            self.house.abandon()
+        self._kept = None
+
+    def same_source(self, other: BuiltWeight) -> bool:
+        """See `ExpertWeight.same_source`."""
+        return [piece.source for piece in self.pieces] == [piece.source for piece in other.pieces]
 
     @torch.no_grad()
     def snapshot(self) -> list[list[Tensor]]:

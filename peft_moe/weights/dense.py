@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.linear import FrozenStack
+from .house import WeightHouse
 
 DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -49,6 +50,15 @@ class _Dense:
 
     def _tensors(self) -> list[Tensor]:
         raise NotImplementedError
+
+    def prepare(self) -> None:
+        """See `ExpertWeight.prepare`: nothing to do."""
+
+    def release(self) -> None:
+        """See `ExpertWeight.release`: nothing was made."""
+
+    def abandon(self) -> None:
+        """See `ExpertWeight.abandon`: nothing was made."""
 
     def _rows(self, expert: int) -> list[Tensor]:
         raise NotImplementedError
@@ -125,6 +135,10 @@ class DenseStack(_Dense):
     def _rows(self, expert: int) -> list[Tensor]:
         return [stack[expert] for stack in self._stacks()]
 
+    def same_source(self, other: DenseStack) -> bool:
+        """See `ExpertWeight.same_source`."""
+        return self.module is other.module and self.parts == other.parts
+
     def build(self) -> Tensor:
         """The `(E, out, in)` tensor; a view where one parameter holds it all."""
         stacks = self._stacks()
@@ -135,11 +149,7 @@ class DenseStack(_Dense):
 
 
 class ModuleStack(_Dense):
-    """The linears of a list of expert modules, re-housed in one `(E, out, in)` tensor.
-
-    Each module's `weight` becomes a view of the stack: names, state dicts and saving stay as they were, nothing is
-    held twice. Whatever replaces the storage of a weight (a move, a cast, a hook) is noticed by the next call, which
-    houses the weights anew.
+    """The linears of a list of expert modules, housed in one `(E, out, in)` tensor; see `house`.
 
     Args:
         linears: for each expert its linears, in the order in which their rows follow each other.
@@ -148,7 +158,7 @@ class ModuleStack(_Dense):
 
     def __init__(self, linears: Sequence[Sequence[Any]], shape: tuple[int, int, int], path: str) -> None:
         self.linears, self.shape = [list(expert) for expert in linears], shape
-        self.stack: Tensor | None = None
+        self.house = WeightHouse([linear for expert in self.linears for linear in expert])
         for expert, modules in enumerate(self.linears):
             for linear in modules:
                 check_dense(linear.weight, f"{path}.{expert}")
@@ -172,51 +182,25 @@ class ModuleStack(_Dense):
     def _rows(self, expert: int) -> list[Tensor]:
         return [linear.weight.data for linear in self.linears[expert]]
 
-    def _is_housed(self) -> bool:
-        if self.stack is None:
-            return False
-        position, step = self.stack.data_ptr(), self.stack.element_size()
-        for modules in self.linears:
-            for linear in modules:
-                weight = linear.weight
-                if weight.data_ptr() != position or weight.dtype != self.stack.dtype:
-                    return False
-                position += weight.numel() * step
-        return True
+    def prepare(self) -> None:
+        """House the weights now."""
+        if self.device.type != "meta":
+            self.house.move_in()
 
-    @torch.no_grad()
     def release(self) -> None:
         """Give each module's weight a storage of its own again."""
-        if self._is_housed():
-            for modules in self.linears:
-                for linear in modules:
-                    linear.weight.data = linear.weight.data.clone()
-        self.stack = None
+        self.house.release()
 
-    @torch.no_grad()
+    def abandon(self) -> None:
+        """See `ExpertWeight.abandon`."""
+        self.house.abandon()
+
+    def same_source(self, other: ModuleStack) -> bool:
+        """See `ExpertWeight.same_source`."""
+        return self.linears == other.linears
+
     def frozen(self) -> Tensor:
         """The `(E, out, in)` stack, which the modules' weights are views of."""
-        if not torch.compiler.is_compiling() and not self._is_housed():
-            self._house()
-        assert self.stack is not None
-        return self.stack
-
-    @torch.inference_mode(False)  # the stack outlives this call, and training may follow
-    @torch.no_grad()
-    def _house(self) -> None:
-        if self.device.type == "meta":
-            raise ValueError(
-                "expert weights are on the meta device at the time of the call: they are offloaded, and nothing "
-                "loaded them. Keep the experts on a device, or offload whole layers."
-            )
-        devices = {linear.weight.device for modules in self.linears for linear in modules}
-        if len(devices) > 1:
-            raise ValueError(f"the experts of one module lie on several devices {sorted(map(str, devices))}")
-        self.stack = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        for expert, modules in enumerate(self.linears):
-            start = 0
-            for linear in modules:
-                house = self.stack[expert, start : start + linear.weight.shape[0]]
-                house.copy_(linear.weight)
-                linear.weight.data = house
-                start += house.shape[0]
+        flat = self.house.flat if torch.compiler.is_compiling() else self.house.move_in()
+        assert flat is not None
+        return flat.view(self.shape)

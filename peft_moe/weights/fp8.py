@@ -73,6 +73,11 @@ class FP8Piece:
         return getattr(self.module, self.weight).data
 
     @property
+    def source(self) -> tuple[Any, str]:
+        """See `built.Piece`."""
+        return self.module, self.weight
+
+    @property
     def elements(self) -> int:
         """Weights of one expert."""
         return self.codes[0].numel()
@@ -245,8 +250,11 @@ class FP8Piece:
             dense[chunk] = self.dequantize(chunk, torch.float32).to(dtype)
         name = find_scale(self.module, self.weight)
         setattr(self.module, self.weight, nn.Parameter(dense.view(self.tensor.shape), requires_grad=False))
-        if name is not None:
-            delattr(self.module, name)
+        # With it go static scales of the activations, which mean nothing to 16-bit weights.
+        front = "" if self.weight == "weight" else f"{self.weight}_"
+        for dropped in (name, f"{front}activation_scale", f"{front}input_scale"):
+            if dropped is not None and hasattr(self.module, dropped):
+                delattr(self.module, dropped)
 
 
 def _bits(tensor: Tensor) -> torch.dtype:

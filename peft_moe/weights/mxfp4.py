@@ -73,6 +73,10 @@ class _Piece4:
         return [getattr(self.module, name) for name in self.names]
 
     @property
+    def source(self) -> tuple[Any, str]:
+        return self.module, self.weight
+
+    @property
     def elements(self) -> int:
         weight = self.parameters[0]
         return weight[0].numel() * (2 if self.packed else 1)
@@ -162,6 +166,8 @@ def refuse_unknown(tensors: Iterable[Any], name: str) -> None:
             _refuse(name, f"torchao tensors ({type(getattr(tensor, 'data', tensor)).__name__})", "`TorchAoConfig`")
         if not isinstance(tensor, Tensor) and hasattr(tensor, "storage"):
             _refuse(name, f"a {kind.__name__} in the layout of a Triton kernel", "an MXFP4 kernel")
+        if isinstance(tensor, Tensor) and tensor.dtype == torch.int8:
+            _refuse(name, "int8 codes without their scales", "the loader that dropped them")
         if isinstance(tensor, Tensor) and tensor.dtype not in _READABLE:
             _refuse(name, f"{tensor.dtype} codes (NVFP4, or another packed format)", "this quantization")
 
@@ -169,6 +175,6 @@ def refuse_unknown(tensors: Iterable[Any], name: str) -> None:
 def _refuse(name: str, found: str, loader: str) -> NoReturn:
     raise ValueError(
         f"{name}: its expert weights are {found}, which this version cannot adapt. It reads 16-bit weights, FP8 with "
-        f"scales, and MXFP4 as blocks and scales. Load the model dequantized instead of with {loader}; FP8 and MXFP4 "
-        "checkpoints load packed with `config=peft_moe.packed_config(path)`."
+        f"scales, and MXFP4 as blocks and scales. Load the model dequantized instead of with {loader}; FP8, MXFP4 and "
+        "bitsandbytes checkpoints load packed with `config=peft_moe.packed_config(path)`."
     )

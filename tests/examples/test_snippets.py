@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 from peft_moe import MoELoraConfig
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("quickstart", "configuration", "training", "merging-and-saving", "merging-on-disk")
+NAMES = ("quickstart", "configuration", "training", "merging-and-saving", "merging-on-disk", "grouped")
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 MODEL_OF_THE_PAGES = "Qwen/Qwen3-30B-A3B"
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch import Tensor
+from peft import get_peft_model
+from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from peft_moe.ops.experts import Projection, expert_mlp
-from peft_moe.ops.routing import route
+from peft_moe import MoELoraConfig
+from peft_moe.ops.activation import SILU_GATED
+from peft_moe.ops.experts import Projection, expert_mlp, pieces_of
 
 pytestmark = pytest.mark.gpu
 
@@ -34,7 +38,7 @@ def reference(
 
 
 @pytest.mark.parametrize("routing", ["random", "one expert", "few experts"])
-@pytest.mark.parametrize("tokens", [1, 33, 1000])
+@pytest.mark.parametrize("tokens", [1, 33, 1000, 5000])
 @pytest.mark.parametrize(("backend", "rank"), [("grouped_mm", 8), ("triton", 16), ("triton", 64)])
 @pytest.mark.parametrize(("width", "inner"), [(512, 384), (464, 200)])
 def test_against_float64(tokens: int, rank: int, routing: str, backend: str, width: int, inner: int) -> None:
@@ -60,8 +64,8 @@ def test_against_float64(tokens: int, rank: int, routing: str, backend: str, wid
     (expected * probe.double()).sum().backward()
     mine = [tensor.detach().clone().requires_grad_() for tensor in (x, weights, up[1], up[2], down[1], down[2])]
     out = expert_mlp(
-        mine[0], mine[1], route(index, experts, sentinels=False), Projection(up[0], None, mine[2], mine[3]),
-        Projection(down[0], None, mine[4], mine[5]), "silu_gated", backend, torch.bfloat16,
+        mine[0], mine[1], pieces_of(backend).route(index, experts, False), Projection(up[0], None, mine[2], mine[3]),
+        Projection(down[0], None, mine[4], mine[5]), SILU_GATED, backend, torch.bfloat16,
     )  # fmt: skip
     (out * probe).sum().backward()
     assert (out.double() - expected).norm() < 2e-2 * expected.norm()
@@ -72,3 +76,31 @@ def test_against_float64(tokens: int, rank: int, routing: str, backend: str, wid
     used[index.flatten()] = True
     for found in mine[2:]:
         assert found.grad is not None and not found.grad[~used].any()
+
+
+@pytest.mark.parametrize("tokens", [16, 300, 3000])
+def test_gpt_oss(tokens: int) -> None:
+    """Transposed weights, biases, an activation of its own, sizes that no tile divides: kernels against a loop."""
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    if not hasattr(gpt_oss.GptOssExperts, "_apply_gate"):
+        pytest.skip("another module on transformers 4")
+    config = gpt_oss.GptOssConfig(num_local_experts=4, num_experts_per_tok=2, hidden_size=720, intermediate_size=432)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        block = nn.ModuleDict({"experts": gpt_oss.GptOssExperts(config).bfloat16()})
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    index = torch.rand(tokens, 4, device="cuda").topk(2, dim=-1).indices
+    x, probe = torch.randn(2, tokens, 720, device="cuda", dtype=torch.bfloat16)
+    results = []
+    for backend in ("auto", "loop"):
+        torch.manual_seed(1)
+        options = {"target_modules": [], "init_lora_weights": False, "experts_backend": backend}
+        model = get_peft_model(copy.deepcopy(block), MoELoraConfig(r=16, **options), autocast_adapter_dtype=False)
+        leaf, weights = x.clone().requires_grad_(), torch.full((tokens, 2), 0.4, device="cuda", requires_grad=True)
+        out = model.base_model.model["experts"](leaf, index, weights)
+        (out * probe).sum().backward()
+        adapters = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        results.append([out.detach(), leaf.grad, weights.grad, *adapters])
+    for found, expected in zip(*results, strict=True):
+        assert (found.double() - expected.double()).norm() < 2e-2 * expected.double().norm()

@@ -168,7 +168,7 @@ def test_without_target_experts_it_is_stock_lora() -> None:
     assert not experts_of(ours)
     assert list(ours.state_dict()) == list(stock.state_dict())
     inputs = text(ours.get_base_model())
-    assert torch.equal(logits(ours, inputs), logits(stock, inputs))
+    assert relative(logits(ours, inputs), logits(stock, inputs)) < 1e-6  # frozen lists run grouped
 
 
 def router(base: nn.Module) -> str:

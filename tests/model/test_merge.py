@@ -170,7 +170,7 @@ def test_merged_and_disabled_by_transformers():
             layer.merge()
     assert relative(output(model), plain) > 1e-2
     model.disable_adapters()
-    assert torch.equal(output(model), plain)
+    assert relative(output(model), plain) < 1e-6  # a list of experts runs grouped, its block in a loop
 
 
 # --- safe merge ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from peft_moe.ops.activation import SILU_GATED
+from peft_moe.ops.activation import SILU_GATED, GatedSwish, activate
 from peft_moe.ops.backends import padded_rank
 from peft_moe.ops.experts import Projection, expert_mlp
 from peft_moe.ops.linear import frozen_linear, lora_linear
@@ -19,18 +19,14 @@ from tests.ops.cases import Case, assert_close, cases, few, poisoned
 
 
 def gate_of(name: str) -> object:
-    """What the op gets: the name of the closed form, or a callable over rows."""
+    """What the op gets: a closed form, or a callable over rows."""
     if name == "silu":
         return SILU_GATED
     if name == "squared_relu":
         return lambda pre: F.relu(pre).square()
     if name == "clamped":
-        return lambda pre: swish(pre[..., ::2].clamp(max=0.8), pre[..., 1::2].clamp(-0.8, 0.8), 1.702)
-    return lambda pre: swish(pre[..., ::2].tanh(), pre[..., 1::2].tanh(), 1.0)
-
-
-def swish(gate: Tensor, up: Tensor, alpha: float) -> Tensor:
-    return (up + 1) * gate * torch.sigmoid(alpha * gate)
+        return GatedSwish(alpha=1.702, shift=1.0, limit=0.8, interleaved=True)
+    return lambda pre: (pre[..., 1::2].tanh() + 1) * F.silu(pre[..., ::2].tanh())
 
 
 LOOPS = {
@@ -63,9 +59,7 @@ def generic(x: Tensor, weights: Tensor, routing: object, up: Projection, down: P
 
     rows = Gather.apply(x, routing.source, routing.inverse, routing.top_k, routing.valid)
     pre = project(rows, up)
-    gate = gate_of(case.gate)
-    hidden = F.silu(pre.chunk(2, -1)[0]) * pre.chunk(2, -1)[1] if gate == SILU_GATED else gate(pre)
-    return combine(project(hidden, down), weights, routing, torch.float32)
+    return combine(project(activate(gate_of(case.gate), pre), down), weights, routing, torch.float32)
 
 
 def check(case: Case, path: str = "whole", pad: bool = True, built: bool = False) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_moe.ops.activation import SILU_GATED, activate, activate_backward
+from peft_moe.ops.activation import SILU_GATED, GatedSwish, activate, activate_backward
 from peft_moe.ops.linear import frozen_linear, lora_linear
 from tests.ops import loops
 from tests.ops.cases import BACKENDS, DTYPES, RANKS, SIZES, assert_close, few, laid_out, poisoned, strided
@@ -72,7 +72,8 @@ def test_activation(rows: int, inner: int, dtype: torch.dtype, kind: str) -> Non
     wide = pre.clone().double().requires_grad_()
     expected = torch.stack([loop(row) for row in wide]) if rows else torch.zeros(0, inner).double() + wide.sum()
     expected.backward(grad.double())
-    activation = SILU_GATED if kind == "silu" else torch.vmap(loop)
+    closed = {"silu": SILU_GATED, "clamped": GatedSwish(alpha=1.702, shift=1.0, limit=0.8, interleaved=True)}
+    activation = closed.get(kind, torch.vmap(loop))
     assert_close(activate(activation, pre), expected, dtype, "out")
     found = activate_backward(activation, pre, grad)
     assert found.dtype == dtype

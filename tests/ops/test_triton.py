@@ -48,7 +48,8 @@ def test_whole_mlp(case: Case, dtype: torch.dtype) -> None:
         return dataclasses.replace(stack, **{k: None if v is None else v.to(dtype) for k, v in values.items()})
 
     weights = case.weights.float() if case.weights.dtype == torch.bfloat16 else case.weights
-    gate = "softcapped" if case.gate == "clamped" else case.gate
+    # In fp16 rounding decides on which side of a kink a value falls.
+    gate = "softcapped" if case.gate == "clamped" and dtype == torch.float16 else case.gate
     check(
         dataclasses.replace(
             case,
@@ -84,3 +85,34 @@ def test_tiles(rows: int, columns: int, step: int, width: int) -> None:
             expected = weight[owner].double() @ x[position].double() + b[owner].double() @ expected_low + bias[owner]
             assert low is not None and (low[row] - expected_low).norm() < 1e-4 * expected_low.norm()
             assert (out[row] - expected).norm() < 1e-4 * expected.norm()
+
+
+@interpreted
+@slow
+@given(st.data())
+def test_route(data: st.DataObject) -> None:
+    """The same as the sort, bit for bit: any number of experts, empty ones, rows of no expert, several blocks."""
+    from peft_moe.ops.routing import route
+    from peft_moe.ops.triton.routing import route as by_counting
+
+    experts, top_k = data.draw(st.sampled_from([1, 3, 8, 100, 1000])), data.draw(st.integers(1, 4))
+    sentinels = data.draw(st.booleans())
+    tokens = data.draw(st.sampled_from([0, 1, 5, 40, 150]))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    index = torch.randint(0, experts + 3 * int(sentinels), (tokens, top_k))
+    index = index.clamp(max=experts) if data.draw(st.booleans()) else index
+    index = index.to(data.draw(st.sampled_from([torch.int64, torch.int32])))
+    found, wanted = by_counting(index, experts, sentinels), route(index, experts, sentinels)
+    for name, value in wanted._asdict().items():
+        ours = getattr(found, name)
+        if not isinstance(value, torch.Tensor):
+            assert ours == value, name
+        elif name in ("order", "source", "inverse", "experts") and sentinels:
+            # Among rows of no expert any order will do.
+            real = wanted.offsets[-1]
+            keep = (value < real) if name == "inverse" else torch.arange(len(value)) < real
+            assert torch.equal(ours[keep], value.to(ours.dtype)[keep]), name
+        else:
+            assert ours.shape == value.shape and torch.equal(ours, value.to(ours.dtype)), name
+    flat = index.reshape(-1).to(torch.int64)
+    assert torch.equal(found.order[found.inverse], torch.arange(flat.numel()))

@@ -30,8 +30,12 @@ def write_fp8(
     dtype: torch.dtype = E4M3,
     kind: str = "block",
     shards: int = 1,
+    static: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Write a model with its projections in FP8: `block` (fine-grained), or `channel`/`tensor` (compressed-tensors).
+    """Write a model with its projections in FP8.
+
+    Args: kind: `block` or `number` (fine-grained, in blocks or one scale a tensor), `channel` or `tensor`
+    (compressed-tensors). static: with scales of activations.
 
     Returns: what was written, and the float64 weights that it stands for.
     """
@@ -44,27 +48,33 @@ def write_fp8(
         exact[key] = value.double()
         written[key] = value
         if value.dim() == 2 and "_proj" in key:
-            size = {"block": block, "channel": (1, value.shape[1]), "tensor": tuple(value.shape)}[kind]
+            size = {"block": block, "channel": (1, value.shape[1])}.get(kind, tuple(value.shape))
             codes, scales, exact[key] = encode(value, size, dtype)
             written[key] = codes
             scale = scales.float()
-            name = f"{key}_scale_inv" if kind == "block" else f"{key}_scale"
-            written[name] = scale.view(-1) if kind == "tensor" else scale
-    if kind == "block":
+            name = f"{key}_scale_inv" if kind in ("block", "number") else f"{key}_scale"
+            written[name] = scale.view({"tensor": (1,), "number": ()}.get(kind, scale.shape))
+            if static:
+                number = torch.rand(()) + 0.5
+                fine = kind in ("block", "number")
+                name = f"{key.removesuffix('weight')}{'activation_scale' if fine else 'input_scale'}"
+                written[name] = number if fine else number.view(1)
+    if kind in ("block", "number"):
         settings: dict[str, Any] = {
             "quant_method": "fp8",
-            "activation_scheme": "dynamic",
-            "weight_block_size": list(block),
+            "activation_scheme": "static" if static else "dynamic",
+            "weight_block_size": list(block) if kind == "block" else None,
             "modules_to_not_convert": ["lm_head"],
         }
     else:
         weights = {"num_bits": 8, "type": "float", "strategy": kind, "symmetric": True, "dynamic": False}
+        inputs = {**weights, "strategy": "tensor"} if static else None
         settings = {
             "quant_method": "compressed-tensors",
             "format": "float-quantized",
             "quantization_status": "compressed",
             "ignore": ["lm_head", "re:.*mlp.gate$"],
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
         }
     save_shards(written, folder, shards)
     set_quantization(folder, settings)

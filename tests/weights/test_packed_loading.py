@@ -294,5 +294,7 @@ def test_options_that_cannot_hold(tmp_path: Path) -> None:
 
 def test_what_is_not_packed_is_refused(tmp_path: Path) -> None:
     ENTRIES["qwen3_moe"].build().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="its quantization is 'None', expected one of compressed-tensors, fp8"):
+    with pytest.raises(
+        ValueError, match="its quantization is 'None', expected one of bitsandbytes, compressed-tensors, fp8"
+    ):
         packed_config(str(tmp_path))

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...weights.bnb_codes import EightBit
-from ...weights.bnb_records import record_from
+from ...weights.bnb_records import INT8_LINEAR_NAMES, record_from, record_of_linear
 from ...weights.fp8 import FP8Piece, scale_names
 from ...weights.grid import FLOAT8
 from ...weights.mxfp4 import open_mxfp4
@@ -108,8 +107,8 @@ class StoredBnb(Stored):
     def __init__(self, source: Source, key: str, companions: tuple[str, ...]) -> None:
         super().__init__(source, key, key, (), companions)
         self._codes: Any = None
-        self._listed_int8 = any(one.endswith(".SCB") and not one.startswith(f"{key}.") for one in companions)
-        if self._listed_int8:
+        self._linear_int8 = any(one.endswith(".SCB") and not one.startswith(f"{key}.") for one in companions)
+        if self._linear_int8:
             self.shape = source.entry(key).shape
         else:
             self.shape = tuple(record_from(self._statistics(), "cpu", None).shape)
@@ -121,9 +120,9 @@ class StoredBnb(Stored):
     def read(self, first: int, last: int, wide: torch.dtype, device: torch.device) -> Tensor:
         if self._codes is None:
             data = self.source.read(self.key).to(device)
-            if self._listed_int8:
-                (scales,) = (one for one in self.companions if one.endswith(".SCB"))
-                self._codes = EightBit(data, self.source.read(scales).to(device).float())
+            if self._linear_int8:
+                beside = {one.rpartition(".")[2]: self.source.read(one) for one in self.companions}
+                self._codes = record_of_linear(data, beside, wide, None).codes(data)
             else:
                 self._codes = record_from(self._statistics(), device, None).codes(data)
         size = math.prod(self.shape[1:])
@@ -182,7 +181,7 @@ def _open(source: Source, key: str, block: tuple[int, int] | None, below: list[s
     if any(one.startswith((f"{key}.quant_state.", f"{key}.absmax")) for one in below):
         return StoredBnb(source, key, tuple(below))
     if entry.code == "I8" and leaf == "weight" and f"{start}SCB" in source:
-        statistics = (f"{start}SCB", f"{start}weight_format")
+        statistics = (start + name for name in INT8_LINEAR_NAMES)
         return StoredBnb(source, key, tuple(one for one in statistics if one in source))
     if leaf.endswith("_blocks") and entry.code == "U8" and f"{key.removesuffix('_blocks')}_scales" in source:
         return StoredMXFP4(source, key, f"{key.removesuffix('_blocks')}_scales")

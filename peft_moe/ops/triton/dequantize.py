@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 
 @triton.jit
 def _dequantize_kernel(
@@ -66,15 +68,16 @@ def dequantize_blocks(codes: Tensor, scales: Tensor, row_index: Tensor, block_co
     scale_expert = scales.stride(0) if scales.shape[0] > 1 else 0
     if block_cols in (32, 64, 128, 256) and cols % block_cols == 0:
         tile_rows = 4096 // block_cols
-        _dequantize_rows_kernel[triton.cdiv(rows, tile_rows), experts](
-            codes, scales, row_index, out, rows, cols, *out.stride(), scale_expert, scales.stride(1),
+        launch(
+            _dequantize_rows_kernel, (triton.cdiv(rows, tile_rows), experts),
+            (codes, scales, row_index, out, rows, cols, *out.stride(), scale_expert, scales.stride(1)),
             ROWS=tile_rows, BLOCK=block_cols, num_warps=8,
         )  # fmt: skip
         return out
     tile_rows, tile_cols = 16, min(512, triton.next_power_of_2(cols))
-    _dequantize_kernel[triton.cdiv(cols, tile_cols), triton.cdiv(rows, tile_rows), experts](
-        codes, scales, row_index, out,
-        rows, cols, *out.stride(), scale_expert, scales.stride(1), block_cols,
+    launch(
+        _dequantize_kernel, (triton.cdiv(cols, tile_cols), triton.cdiv(rows, tile_rows), experts),
+        (codes, scales, row_index, out, rows, cols, *out.stride(), scale_expert, scales.stride(1), block_cols),
         ROWS=tile_rows, COLUMNS=tile_cols, num_warps=8,
     )  # fmt: skip
     return out

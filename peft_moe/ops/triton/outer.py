@@ -1,6 +1,6 @@
 """The gradients of the adapters' factors, for all experts in one kernel.
 
-    out[e, n, r] = sum over the expert's rows m of  big[source[m], n] * scale[m] * small[m, r]
+    out[e, n, r] = sum over the expert's rows m of  big[source[m], n] * scale[order[m]] * small[m, r]
 
 Every large matrix is read once; experts without rows get zeros.
 """
@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 
 @triton.jit
 def _outer_kernel(
-    big, source, small, scale, offsets, out,
+    big, source, small, scale, order, offsets, out,
     n_size, big_row, out_expert, out_n, out_r,
     RANK: tl.constexpr, HAS_SOURCE: tl.constexpr, HAS_SCALE: tl.constexpr,
     COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
@@ -39,7 +41,8 @@ def _outer_kernel(
         small_at = small + rows.to(tl.int64)[:, None] * RANK + ranks[None, :]
         small_tile = tl.load(small_at, mask=row_mask[:, None], other=0.0)
         if HAS_SCALE:
-            factor = tl.load(scale + rows, mask=row_mask, other=0.0).to(tl.float32)
+            place = tl.load(order + rows, mask=row_mask, other=0)
+            factor = tl.load(scale + place, mask=row_mask, other=0.0).to(tl.float32)
             small_tile = (small_tile.to(tl.float32) * factor[:, None]).to(big.dtype.element_ty)
         total = tl.dot(tl.trans(big_tile), small_tile, total, input_precision=PRECISION)
     out_at = out + expert.to(tl.int64) * out_expert + columns[:, None] * out_n + ranks[None, :] * out_r
@@ -47,13 +50,19 @@ def _outer_kernel(
 
 
 def outer(
-    big: Tensor, source: Tensor | None, small: Tensor, scale: Tensor | None, offsets: Tensor, transposed: bool
+    big: Tensor,
+    source: Tensor | None,
+    small: Tensor,
+    scale: Tensor | None,
+    order: Tensor,
+    offsets: Tensor,
+    transposed: bool,
 ) -> Tensor:
     """Per expert the product of a wide and a narrow matrix over the expert's rows.
 
     Args:
         big: `(T, N)` with `source` `(S,)`, or `(S, N)`; unit stride in N. small: contiguous `(S, R)`, R a power of two
-        >= 16. scale: `(S,)` factor of each row, or `None`. offsets: `(E,)` int32.
+        >= 16. scale: contiguous, S factors in flat order, or `None`. order: `(S,)`. offsets: `(E,)` int32.
 
     Returns: contiguous `(E, N, R)`, or `(E, R, N)` if `transposed`, in the dtype of `big`.
     """
@@ -62,9 +71,9 @@ def outer(
     out = torch.empty(shape, dtype=big.dtype, device=big.device)
     n_stride, r_stride = (1, n_size) if transposed else (rank, 1)
     columns = 64
-    _outer_kernel[triton.cdiv(n_size, columns), experts](
-        big, source, small, scale, offsets, out,
-        n_size, big.stride(0), n_size * rank, n_stride, r_stride,
+    launch(
+        _outer_kernel, (-(-n_size // columns), experts),
+        (big, source, small, scale, order, offsets, out, n_size, big.stride(0), n_size * rank, n_stride, r_stride),
         RANK=rank, HAS_SOURCE=source is not None, HAS_SCALE=scale is not None,
         COLUMNS=columns, STEP=64, PRECISION="ieee" if big.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=4,

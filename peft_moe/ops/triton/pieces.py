@@ -6,13 +6,25 @@ import torch
 from torch import Tensor
 
 from .. import pieces as plain
-from ..activation import Activation
+from ..activation import Activation, GatedSwish
 from ..routing import Routing
 from . import rowwise
 from .outer import outer as _outer
 from .project import project as _project
+from .routing import route as _route
+
+__all__ = ["activate_rows", "activate_rows_backward", "combine", "gather", "outer", "project", "route"]
 
 Rows = plain.Rows
+
+
+_COUNTED_ROWS = 65536  # above, a counting sort reads more counts than a radix sort moves rows (`benchmarks/pieces.py`)
+
+
+def route(index: Tensor, num_experts: int, sentinels: bool) -> Routing:
+    """Two kernels for all but very many rows."""
+    sort = _route if index.numel() <= _COUNTED_ROWS else plain.route
+    return sort(index, num_experts, sentinels)
 
 
 def gather(x: Tensor, source: Tensor) -> Rows:
@@ -36,22 +48,25 @@ def project(
 
 
 def activate_rows(activation: Activation, pre: Tensor) -> Tensor:
-    """One pass for gated SiLU."""
-    return rowwise.silu_gated(pre) if isinstance(activation, str) else plain.activate_rows(activation, pre)
+    """One pass for a gated swish."""
+    if isinstance(activation, GatedSwish):
+        return rowwise.gated(activation, pre)
+    return plain.activate_rows(activation, pre)
 
 
 def activate_rows_backward(
-    activation: Activation, pre: Tensor, d_hidden: Tensor, weight: Tensor
+    activation: Activation, pre: Tensor, d_hidden: Tensor, weights: Tensor, routing: Routing
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass for gated SiLU."""
-    if isinstance(activation, str):
-        return rowwise.silu_gated_backward(pre, d_hidden, weight)
-    return plain.activate_rows_backward(activation, pre, d_hidden, weight)
+    """One pass for a gated swish."""
+    if isinstance(activation, GatedSwish):
+        return rowwise.gated_backward(activation, pre, d_hidden, weights.contiguous(), routing.order, routing.offsets)
+    return plain.activate_rows_backward(activation, pre, d_hidden, weights, routing)
 
 
-def outer(big: Rows, small: Tensor, weight: Tensor | None, routing: Routing, transposed: bool, backend: str) -> Tensor:
+def outer(big: Rows, small: Tensor, weights: Tensor | None, routing: Routing, transposed: bool, backend: str) -> Tensor:
     """One kernel, gather and weight inside."""
-    return _outer(big[0], big[1], small, weight, routing.offsets, transposed)
+    weights = None if weights is None else weights.contiguous()
+    return _outer(big[0], big[1], small, weights, routing.order, routing.offsets, transposed)
 
 
 def combine(rows: Tensor, weights: Tensor | None, routing: Routing, dtype: torch.dtype) -> Tensor:

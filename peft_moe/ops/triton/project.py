@@ -17,20 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@triton.jit
-def _find_tile(offsets, tile, experts: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """(expert, first row, end of the expert's rows) of a row tile; expert == experts: past the last one."""
-    index = tl.arange(0, EXPERTS)
-    ends = tl.load(offsets + index, mask=index < experts, other=0)
-    starts = tl.load(offsets + index - 1, mask=(index > 0) & (index < experts), other=0)
-    tiles = tl.where(index < experts, (ends - starts + ROWS - 1) // ROWS, 0)
-    expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32) * (index < experts).to(tl.int32), 0)
-    mine = index == expert
-    before = tl.sum(tl.where(index < expert, tiles, 0), 0)
-    start = tl.sum(tl.where(mine, starts, 0), 0) + (tile - before) * ROWS
-    end = tl.sum(tl.where(mine, ends, 0), 0)
-    return expert, start, end
+from .launch import launch
+from .project_tma import project_tma, takes
+from .tiles import find_tile
 
 
 @triton.jit
@@ -40,13 +29,13 @@ def _project_kernel(
     x_row, w_expert, w_n, w_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
     experts: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr,
     HAS_SOURCE: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SCALE_OUT: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    SCALE_OUT: tl.constexpr, EVEN_K: tl.constexpr, WHOLE_N: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n_tiles = tl.cdiv(n_size, COLUMNS)
     tile = tl.program_id(0) // n_tiles
     column_tile = tl.program_id(0) % n_tiles
-    expert, start, end = _find_tile(offsets, tile, experts, EXPERTS, ROWS)
+    expert, start, end = find_tile(offsets, tile, experts, EXPERTS, ROWS)
     if expert < experts:
         rows = start + tl.arange(0, ROWS)
         row_mask = rows < end
@@ -54,14 +43,18 @@ def _project_kernel(
             position = tl.load(source + rows, mask=row_mask, other=0).to(tl.int64)
         else:
             position = tl.where(row_mask, rows, start).to(tl.int64)
-        columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+        first_column = column_tile * COLUMNS
+        if WHOLE_N:
+            # The last tile moves back and computes some columns again: a mask in the address of a transposed weight
+            # would hide from the compiler that columns are contiguous, which costs a factor of 12.
+            first_column = tl.multiple_of(tl.minimum(first_column, n_size - COLUMNS), 16)
+        columns = first_column + tl.arange(0, COLUMNS)
         column_mask = columns < n_size
         steps = tl.arange(0, STEP)
         ranks = tl.arange(0, RANK)
         expert64 = expert.to(tl.int64)
         x_at = x + position[:, None] * x_row + steps[None, :]
-        # Past the last column any column will do; where there are none, the addresses stay contiguous for the compiler.
-        inside_columns = columns if EVEN_N else tl.where(column_mask, columns, 0)
+        inside_columns = columns if WHOLE_N else tl.where(column_mask, columns, 0)
         w_at = w + expert64 * w_expert + inside_columns[None, :] * w_n + steps[:, None] * w_k
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         if HAS_A:
@@ -117,7 +110,7 @@ def _tiles(rows: int, experts: int, columns: int, device: torch.device) -> dict[
     """Tile sizes by the mean number of rows of an expert; `benchmarks/pieces.py --sweep` measures them."""
     mean = rows / experts
     if columns <= 64:  # LoRA A by itself
-        width = max(16, triton.next_power_of_2(columns))
+        width = max(16, 1 << (columns - 1).bit_length())
         return {"ROWS": 128 if mean > FEW_ROWS else 32, "COLUMNS": width, "STEP": 64, "num_warps": 4, "num_stages": 4}
     if mean <= 16:
         return {"ROWS": 16, "COLUMNS": 128, "STEP": 128, "num_warps": 4, "num_stages": 3}
@@ -129,6 +122,7 @@ def _tiles(rows: int, experts: int, columns: int, device: torch.device) -> dict[
 
 
 FEW_ROWS = 48  # of an expert on average: up to here LoRA A rides along
+MANY_ROWS = 384  # above, descriptors pay
 
 
 def project(
@@ -158,6 +152,8 @@ def project(
     if a is not None and rows > FEW_ROWS * weight.shape[0]:
         low = _launch(x, source, a, None, None, scale, None, None, offsets, None, scale_out=True)[0]
         a = None
+    if tiles is None and a is None and rows > MANY_ROWS * weight.shape[0] and takes(x, weight):
+        return project_tma(x, source, weight, b, low, bias, offsets), low
     return _launch(x, source, weight, a, b, scale, low, bias, offsets, tiles, scale_out=False)
 
 
@@ -183,16 +179,17 @@ def _launch(
         return out, low
     chosen = tiles or _tiles(rows, experts, n_size, x.device)
     row_tiles = rows // chosen["ROWS"] + min(experts, rows)
-    grid = (row_tiles * triton.cdiv(n_size, chosen["COLUMNS"]),)
+    grid = (row_tiles * -(-n_size // chosen["COLUMNS"]),)
     a_strides = (0, 0, 0) if a is None else a.stride()
     b_strides = (0, 0, 0) if b is None else b.stride()
-    _project_kernel[grid](
-        x, source, weight, a, b, bias, offsets, out, low,
-        scale, n_size, k_size,
-        x.stride(0), *weight.stride(), *a_strides, *b_strides,
-        experts=experts, EXPERTS=triton.next_power_of_2(experts), RANK=16 if b is None else b.shape[2],
+    launch(
+        _project_kernel, grid,
+        (x, source, weight, a, b, bias, offsets, out, low, scale, n_size, k_size,
+         x.stride(0), *weight.stride(), *a_strides, *b_strides),
+        experts=experts, EXPERTS=1 << (experts - 1).bit_length(), RANK=16 if b is None else b.shape[2],
         HAS_SOURCE=source is not None, HAS_A=a is not None, HAS_B=b is not None, HAS_BIAS=bias is not None,
-        SCALE_OUT=scale_out, EVEN_K=k_size % chosen["STEP"] == 0, EVEN_N=n_size % chosen["COLUMNS"] == 0,
+        SCALE_OUT=scale_out, EVEN_K=k_size % chosen["STEP"] == 0,
+        WHOLE_N=n_size % 16 == 0 and n_size >= chosen["COLUMNS"],
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         **chosen,
     )  # fmt: skip

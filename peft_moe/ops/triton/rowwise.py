@@ -1,4 +1,4 @@
-"""The passes over rows between the products: gated SiLU and its backward, and the weighted sum over the experts."""
+"""The passes over rows between the products: gated swish and its backward, and the weighted sum over the experts."""
 
 from __future__ import annotations
 
@@ -7,63 +7,104 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activation import GatedSwish
+from .launch import launch
+
 
 @triton.jit
-def _silu_gated_kernel(pre, hidden, inner, BLOCK: tl.constexpr):
+def _gate_and_up(pre, row, column, mask, inner, INTERLEAVED: tl.constexpr):
+    """Both in fp32, and where they lie."""
+    at = pre + row * 2 * inner + (2 * column if INTERLEAVED else column)
+    apart = 1 if INTERLEAVED else inner
+    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(at + apart, mask=mask, other=0.0).to(tl.float32)
+    return gate, up
+
+
+@triton.jit
+def _gated_kernel(
+    pre, hidden, inner,
+    ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < inner
-    gate = tl.load(pre + row * 2 * inner + column, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(pre + row * 2 * inner + inner + column, mask=mask, other=0.0).to(tl.float32)
-    value = gate * tl.sigmoid(gate) * up
+    gate, up = _gate_and_up(pre, row, column, mask, inner, INTERLEAVED)
+    if LIMIT > 0:
+        gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+    value = gate * tl.sigmoid(ALPHA * gate) * (up + SHIFT)
     tl.store(hidden + row * inner + column, value.to(hidden.dtype.element_ty), mask=mask)
 
 
-def silu_gated(pre: Tensor) -> Tensor:
-    """`(S, 2I)` rows [gate; up] -> `(S, I)`: silu(gate) * up, in fp32 and rounded once."""
+def _constants(form: GatedSwish, inner: int) -> dict[str, float | int | bool]:
+    block = min(1024, 1 << (inner - 1).bit_length())
+    return {
+        "ALPHA": form.alpha, "SHIFT": form.shift, "LIMIT": form.limit or 0.0, "INTERLEAVED": form.interleaved,
+        "BLOCK": block,
+    }  # fmt: skip
+
+
+def gated(form: GatedSwish, pre: Tensor) -> Tensor:
+    """`(S, 2I)` -> `(S, I)`, in fp32 and rounded once."""
     rows, inner = pre.shape[0], pre.shape[1] // 2
     hidden = torch.empty(rows, inner, dtype=pre.dtype, device=pre.device)
     if rows:
-        block = min(1024, triton.next_power_of_2(inner))
-        _silu_gated_kernel[rows, triton.cdiv(inner, block)](pre, hidden, inner, BLOCK=block)
+        constants = _constants(form, inner)
+        launch(_gated_kernel, (rows, -(-inner // int(constants["BLOCK"]))), (pre, hidden, inner), **constants)
     return hidden
 
 
 @triton.jit
-def _silu_gated_backward_kernel(pre, d_hidden, weight, d_pre, hidden, dots, inner, BLOCK: tl.constexpr):
+def _gated_backward_kernel(
+    pre, d_hidden, weights, order, offsets, d_pre, hidden, dots, inner, experts,
+    ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    scale = tl.load(weight + row).to(tl.float32)
+    position = tl.load(order + row)
+    scale = tl.load(weights + position).to(tl.float32)
     dot = 0.0
     for first in range(0, inner, BLOCK):
         column = first + tl.arange(0, BLOCK)
         mask = column < inner
-        gate = tl.load(pre + row * 2 * inner + column, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(pre + row * 2 * inner + inner + column, mask=mask, other=0.0).to(tl.float32)
+        gate, up = _gate_and_up(pre, row, column, mask, inner, INTERLEAVED)
         grad = tl.load(d_hidden + row * inner + column, mask=mask, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
+        gate_moves, up_moves = 1.0, 1.0
+        if LIMIT > 0:
+            gate_moves = (gate <= LIMIT).to(tl.float32)
+            up_moves = (tl.abs(up) <= LIMIT).to(tl.float32)
+            gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        up += SHIFT
+        sigmoid = tl.sigmoid(ALPHA * gate)
         swish = gate * sigmoid
         value = swish * up
         dot += tl.sum(value * grad, 0)
         grad *= scale
-        d_gate = grad * up * (sigmoid + swish * (1 - sigmoid))
-        tl.store(d_pre + row * 2 * inner + column, d_gate.to(d_pre.dtype.element_ty), mask=mask)
-        tl.store(d_pre + row * 2 * inner + inner + column, (grad * swish).to(d_pre.dtype.element_ty), mask=mask)
+        d_gate = grad * up * (sigmoid + ALPHA * swish * (1 - sigmoid)) * gate_moves
+        d_up = grad * swish * up_moves
+        d_at = d_pre + row * 2 * inner + (2 * column if INTERLEAVED else column)
+        tl.store(d_at, d_gate.to(d_pre.dtype.element_ty), mask=mask)
+        tl.store(d_at + (1 if INTERLEAVED else inner), d_up.to(d_pre.dtype.element_ty), mask=mask)
         tl.store(hidden + row * inner + column, value.to(hidden.dtype.element_ty), mask=mask)
-    tl.store(dots + row, dot)
+    # Rows of no expert may hold anything, NaN too.
+    tl.store(dots + position, tl.where(row < tl.load(offsets + experts - 1), dot, 0.0))
 
 
-def silu_gated_backward(pre: Tensor, d_hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of gated SiLU and of the routing weight, in one pass.
+def gated_backward(
+    form: GatedSwish, pre: Tensor, d_hidden: Tensor, weights: Tensor, order: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of a gated swish and of the routing weight, in one pass.
 
-    Args: pre `(S, 2I)`, d_hidden `(S, I)` before weighting, weight `(S,)`.
-    Returns: d_pre `(S, 2I)` of `weight * d_hidden`; rowdot(hidden, d_hidden) `(S,)` fp32; hidden `(S, I)`.
+    Args: pre `(S, 2I)`, d_hidden `(S, I)` before weighting, both sorted; weights contiguous `(T, k)`; order, offsets:
+        see `Routing`.
+    Returns: d_pre `(S, 2I)` of `weight * d_hidden`; rowdot(hidden, d_hidden) `(S,)` fp32 in the order of weights, zero
+        for rows of no expert; hidden `(S, I)`.
     """
     rows, inner = d_hidden.shape
     d_pre, hidden = torch.empty_like(pre), torch.empty_like(d_hidden)
     dots = torch.empty(rows, dtype=torch.float32, device=pre.device)
     if rows:
-        block = min(1024, triton.next_power_of_2(inner))
-        _silu_gated_backward_kernel[rows,](pre, d_hidden, weight, d_pre, hidden, dots, inner, BLOCK=block)
+        arguments = (pre, d_hidden, weights, order, offsets, d_pre, hidden, dots, inner, offsets.shape[0])
+        launch(_gated_backward_kernel, (rows,), arguments, **_constants(form, inner))
     return d_pre, dots, hidden
 
 
@@ -98,9 +139,10 @@ def combine(
     tokens, width = inverse.shape[0] // top_k, rows.shape[1]
     out = torch.empty(tokens, width, dtype=dtype, device=rows.device)
     if tokens:
-        block = min(2048, triton.next_power_of_2(width))
-        _combine_kernel[tokens, triton.cdiv(width, block)](
-            rows, inverse, weights, offsets, out, width, offsets.shape[0],
+        block = min(2048, 1 << (width - 1).bit_length())
+        launch(
+            _combine_kernel, (tokens, -(-width // block)),
+            (rows, inverse, weights, offsets, out, width, offsets.shape[0]),
             TOP_K=top_k, HAS_WEIGHTS=weights is not None, BLOCK=block,
             num_warps=8 if block >= 2048 else 4,
         )  # fmt: skip

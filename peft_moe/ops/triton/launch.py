@@ -1,0 +1,49 @@
+"""Launching a kernel without asking Triton which of its compiled versions is meant.
+
+`kernel[grid](...)` binds the arguments, specializes each of them and looks the version up: about 60 microseconds of
+Python, more than most of these kernels run for on a small batch. The version depends on little: dtypes, constants,
+and of pointers and integers whether they are multiples of 16 (or an integer is one). So it is remembered by that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_versions: dict[tuple[Any, ...], Any] = {}
+
+
+def _kind(value: Any) -> Any:
+    """What of an argument a compiled version depends on."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        return value % 16 == 0, value == 1, -(2**31) <= value < 2**31
+    return getattr(value, "block_shape", None) and tuple(value.block_shape), type(value)  # of a descriptor
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **constants: Any) -> None:
+    """`kernel[grid](*arguments, **constants)` on the device of its first tensor.
+
+    Args:
+        kernel: a `triton.jit` function whose `tl.constexpr` parameters come last.
+        arguments: tensors, integers, floats and `None`. constants: the constexprs in the kernel's order, then
+        `num_warps` and `num_stages`.
+    """
+    device = arguments[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, arguments, **constants)
+        return
+    key = (kernel, device, *constants.values(), *map(_kind, arguments))
+    version = _versions.get(key)
+    if version is None:
+        version = kernel[grid](*arguments, **constants)
+        if hasattr(version, "packed_metadata"):  # not what the interpreter returns
+            _versions[key] = version
+        return
+    constants.pop("num_warps", None)
+    constants.pop("num_stages", None)
+    version[(*grid, 1, 1)[:3]](*arguments, *constants.values())
