@@ -5,6 +5,7 @@ transformers, and changes nothing else.
 """
 
 from .auto import auto_enable_grouped_experts
+from .checkpoint.merge import merge_checkpoint
 from .checkpoint.packed import packed_config
 from .config import MoELoraConfig
 from .grouped import disable_grouped_experts, enable_grouped_experts
@@ -24,6 +25,7 @@ __all__ = [
     "auto_enable_grouped_experts",
     "disable_grouped_experts",
     "enable_grouped_experts",
+    "merge_checkpoint",
     "packed_config",
     "quantize_experts",
 ]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from peft import mapping
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
@@ -57,6 +58,7 @@ __all__ = [
     "core_model_loading",
     "get_model_conversion_mapping",
     "get_pattern_key",
+    "model_class",
     "onload",
     "onload_below",
     "peft_tables",
@@ -65,6 +67,11 @@ __all__ = [
 ]
 
 ExcludedModule = _ExcludedModule
+
+
+def model_class(name: str) -> Any:
+    """The class of transformers that a config names under `architectures`; `None` if this version has none."""
+    return getattr(transformers, name, None)
 
 
 def add_enum_member(cls: type[enum.Enum], name: str) -> None:

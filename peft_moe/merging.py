@@ -23,6 +23,17 @@ def _wide(layer: MoELoraLayer, projection: ProjectionSpec) -> torch.dtype:
     return torch.promote_types(layer.stores[projection.name].dtype, torch.float32)
 
 
+def dora_delta(low: Tensor, size: Tensor, weight: Tensor, merged: Tensor | None = None) -> Tensor:
+    """`(out, in)`: what a DoRA adapter adds to a weight.
+
+    Args:
+        low: `scaling * B A`. size: its magnitudes `(out,)`. weight: the base's.
+        merged: the weight with what was merged before; `None`: nothing was.
+    """
+    scale = size / (weight + low).norm(dim=1)
+    return scale[:, None] * ((weight if merged is None else merged) + low) - weight
+
+
 def _delta(
     layer: MoELoraLayer, projection: ProjectionSpec, pairs: dict[str, tuple[Tensor, Tensor]], expert: int
 ) -> Tensor | None:
@@ -44,8 +55,8 @@ def _delta(
             continue
         weight = layer.stores[projection.name].materialize([expert], wide)[0] if weight is None else weight
         merged = weight if total is None else weight + total
-        scale = magnitude(layer.projections, name, settings, projection)[position].to(wide) / (weight + low).norm(dim=1)
-        total = scale[:, None] * (merged + low) - weight
+        size = magnitude(layer.projections, name, settings, projection)[position].to(wide)
+        total = dora_delta(low, size, weight, merged)
     return total
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from .compat import get_pattern_key
@@ -137,10 +138,11 @@ def layer_number(name: str) -> int | None:
 
 def nominal_scaling(config: MoELoraConfig) -> float:
     """`lora_alpha / r`, or over the square root of r: what the linears of the adapter scale by."""
-    return _scaling(config, config.lora_alpha, config.r)
+    return scaling_of(config, config.lora_alpha, config.r)
 
 
-def _scaling(config: MoELoraConfig, alpha: float, rank: int) -> float:
+def scaling_of(config: LoraConfig, alpha: float, rank: int) -> float:
+    """Alpha over the rank, or over its square root (rsLoRA)."""
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
@@ -182,7 +184,7 @@ def resolve(config: MoELoraConfig, spec: ExpertsSpec, name: str) -> AdapterSetti
         ranks.append((config.expert_rank_pattern or {}).get(rank_key, config.expert_r or config.r))
         default_alpha = config.lora_alpha if config.expert_alpha is None else config.expert_alpha
         alphas.append((config.expert_alpha_pattern or {}).get(alpha_key, default_alpha))
-    scaling = [_scaling(config, alpha, rank) for alpha, rank in zip(alphas, ranks, strict=True)]
+    scaling = [scaling_of(config, alpha, rank) for alpha, rank in zip(alphas, ranks, strict=True)]
     if config.share_experts and (len(set(ranks)) > 1 or experts is not None):
         raise ValueError(
             f"MoELoraConfig: `share_experts={config.share_experts!r}` needs one rank for all experts of {name}; "

@@ -87,6 +87,18 @@ def test_loading_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch, caps
     assert printed[-1].startswith("| BnbExpertsConfig, nf4 | uint8 |") and f"| {row['weights']:.0f} |" in printed[-1]
 
 
+def test_merging(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))  # where its neighbour is
+    sizes = [f"--{name}={value}" for name, value in SIZES.items()]
+    rows = script("merging").main([*sizes, "--rank=2", "--folder", str(tmp_path)])
+    found = {row["way"]: row for row in rows}
+    assert set(found) == {"bf16", "fp8", "fp8-requantized", "memory"} and list(tmp_path.iterdir()) == []
+    assert found["bf16"]["base"] == pytest.approx(found["bf16"]["result"], rel=0.01)
+    assert 1.2 < found["fp8"]["result"] / found["fp8-requantized"]["result"] < 2.1
+    assert all(row["seconds"] > 0 for row in rows)
+
+
 def test_frozen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     rows = script("frozen").main(["--repeats", "2", "--tokens", "32"])

@@ -314,7 +314,9 @@ def test_weight_conversions():
     from peft_moe.compat import core_model_loading
 
     source = inspect.getsource(core_model_loading)
-    for name in ("_weight_conversions", "_original_source_patterns", "quantization_operation", "class PrefixChange"):
+    names = ["_weight_conversions", "_original_source_patterns", "quantization_operation", "class PrefixChange"]
+    names += ["def rename_source_key", "def dot_natural_key", "class MergeModulelist", "class WeightRenaming"]
+    for name in [*names, "def reverse_op", "supports_many_to_many", "check_dims"]:
         assert name in source, moved("transformers.core_model_loading", "", name)
 
 
@@ -323,7 +325,7 @@ def test_weight_conversions():
 # Without an underscore and documented, or checked above.
 PUBLIC = {
     "peft": None,
-    "transformers": {"AutoConfig", "BitsAndBytesConfig", "PreTrainedModel"},
+    "transformers": {"AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "BitsAndBytesConfig", "PreTrainedModel"},
     "peft.tuners.tuners_utils": {"BaseTunerLayer"},
     "peft.utils": {"SAFETENSORS_WEIGHTS_NAME"},
     "peft.utils.merge_utils": {"dare_linear", "dare_ties", "magnitude_prune", "task_arithmetic", "ties"},

@@ -45,6 +45,13 @@ def expert_keys(keys: Iterable[str]) -> set[str]:
     return found | {key for key in keys if _MAGNITUDE.search(key) and _MAGNITUDE.sub(r".\1.lora_A", key) in found}
 
 
+def split_expert_key(key: str) -> tuple[str, str, str]:
+    """(path of the experts module, slot, factor) of a key that `expert_keys` found."""
+    path, factor = key.rsplit(".", 1)
+    module, slot = path.rsplit(".", 1)
+    return module, slot, factor
+
+
 def full_key(key: str) -> str:
     """A key with the prefix that all adapters of PEFT have on disk; in memory a bare model has none."""
     return PREFIX + key.removeprefix(PREFIX)

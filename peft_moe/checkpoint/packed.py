@@ -25,6 +25,7 @@ from .static_scales import activation_parameter, for_numbers
 FP8, MXFP4 = "peft_moe_fp8", "peft_moe_mxfp4"
 BITSANDBYTES = "bitsandbytes"
 _KINDS = {"fp8": FP8, "mxfp8": FP8, "mxfp4": MXFP4, "compressed-tensors": FP8}
+SETTINGS_OF_FP8 = tuple(method for method, kind in _KINDS.items() if kind == FP8)
 
 
 def packed_config(path: str, **kwargs: Any) -> Any:

@@ -45,7 +45,7 @@ class Checkpoint:
     def __init__(self, path: str) -> None:
         self.path = path
         self.files: dict[str, str] = {}
-        for file in _files(path):
+        for file in checkpoint_files(path):
             self.files |= dict.fromkeys(read_shapes(file), file)
 
     def get(self, key: str) -> Tensor:
@@ -54,7 +54,11 @@ class Checkpoint:
             return file.get_tensor(key)
 
 
-def _files(path: str) -> list[str]:
+def checkpoint_files(path: str) -> list[str]:
+    """The safetensors files of a checkpoint: a folder, one file, or a name in the local cache of the hub.
+
+    Raises `ValueError` if there are none.
+    """
     given = Path(path)
     if given.is_file():
         return [str(given)]

@@ -30,22 +30,26 @@ def log_once(message: str) -> None:
 
 @cache
 def native_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's grouped product exists and is right on this device and dtype: tried once, both of its forms.
+    """Whether torch's grouped product is there and right on this device and dtype; says once if it is not."""
+    problem = native_problem(device, dtype)
+    if problem is not None:
+        log_once(f"no grouped_mm on {device.type} with {dtype} ({problem}); experts run in a loop there")
+    return problem is None
+
+
+def native_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why torch's grouped product cannot be used on this device and dtype; `None` if it can: tried once, both forms.
 
     On CUDA only its fast path counts: elsewhere torch loops over the groups itself, with a host synchronisation.
     """
-    reason = None
     if _native is None:
-        reason = f"torch {torch.__version__} has none"
-    elif dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        reason = "its kernels know bfloat16, float16 and float32"
-    elif device.type == "cuda" and dtype != torch.bfloat16:
-        reason = "on CUDA it is fast in bfloat16 alone"
-    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
-        reason = "its fast kernel needs compute capability 9.0"
-    if reason is not None:
-        log_once(f"no grouped_mm on {device.type} with {dtype} ({reason}); experts run in a loop there")
-        return False
+        return f"torch {torch.__version__} has none"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return "its kernels know bfloat16, float16 and float32"
+    if device.type == "cuda" and dtype != torch.bfloat16:
+        return "on CUDA it is fast in bfloat16 alone"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return "its fast kernel needs compute capability 9.0"
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         rows = torch.randn(48, 32).to(device, dtype)
@@ -59,14 +63,12 @@ def native_works(device: torch.device, dtype: torch.dtype) -> bool:
                 (_native(grads.t(), rows, offs=offsets)[::2], _loop_outer(grads, rows, offsets)[::2]),
             ]
         except (RuntimeError, NotImplementedError) as error:
-            log_once(f"grouped_mm does not run on {device} with {dtype} ({error}); experts run in a loop there")
-            return False
+            return f"it does not run: {error}"
         tolerance = 1e-4 if dtype == torch.float32 else 3e-2
         for found, expected in pairs:
             if (found.float() - expected.float()).norm() > tolerance * expected.float().norm():
-                log_once(f"grouped_mm gives wrong results on {device} with {dtype}; experts run in a loop there")
-                return False
-    return True
+                return "it gives wrong results"
+    return None
 
 
 def _aligned(*tensors: Tensor) -> bool:

@@ -14,10 +14,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 from peft_moe import MoELoraConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = [
-    "README.md",
-    *(f"docs/{name}.md" for name in ("quickstart", "configuration", "training", "merging-and-saving", "grouped")),
-]
+NAMES = ("quickstart", "configuration", "training", "merging-and-saving", "merging-on-disk", "grouped")
+PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 MODEL_OF_THE_PAGES = "Qwen/Qwen3-30B-A3B"
 
 
@@ -47,6 +45,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", staticmethod(from_pretrained))
     monkeypatch.chdir(tmp_path)
+    Path(MODEL_OF_THE_PAGES).parent.mkdir()
+    Path(MODEL_OF_THE_PAGES).symlink_to(tmp_path / "base")
     return tmp_path
 
 
@@ -57,7 +57,7 @@ def test_snippets_run(page: str, folder: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(MODEL_OF_THE_PAGES)
     rows = torch.randint(64, (8, 12))
     names: dict[str, Any] = {"base": base, "dataset": [{"input_ids": row, "labels": row} for row in rows]}
-    if page.endswith("merging-and-saving.md"):  # it begins where training ended
+    if "merging" in page:  # it begins where training ended
         names["model"] = get_peft_model(base, MoELoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM"))
         names["model"].save_pretrained("adapter")
     for number, snippet in enumerate(snippets, start=1):

@@ -1,0 +1,187 @@
+"""Every tensor of an adapter file against the parameter of the model that it changes, each used once."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from torch import Tensor
+
+from ...compat import get_pattern_key
+from ...config import MoELoraConfig
+from ...layouts import ExpertsSpec, ProjectionSpec, find_experts
+from ...settings import nominal_scaling, resolve, scaling_of
+from ...targets import targeted_experts
+from .. import native
+from ..tensor_file import TensorFile
+from .deltas import Change, ExpertFactors, ExpertsDelta, LinearDelta, Replaced
+
+_LINEAR = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.weight)?")
+
+
+class AdapterFiles:
+    """An adapter on disk.
+
+    Args: stock: let adapters of PEFT's `target_parameters` pass, to be looked at.
+
+    Attributes: config: its config. tensors: its file. name: for messages.
+
+    Raises `ValueError` for a kind of adapter that cannot be merged on disk.
+    """
+
+    def __init__(self, folder: Path, stock: bool = False) -> None:
+        self.folder, self.name = folder, folder.name
+        self.config: Any = PeftConfig.from_pretrained(str(folder))
+        self.tensors = TensorFile(folder / "adapter_model.safetensors")
+        if not isinstance(self.config, LoraConfig):
+            raise ValueError(f"{folder}: its type is {self.config.peft_type}, expected MOELORA or LORA")
+        if getattr(self.config, "target_parameters", None) and not stock:
+            raise ValueError(
+                f"{folder} is an adapter of PEFT's `target_parameters`, whose experts lie in another layout. Convert "
+                "it first: `peft_moe.import_adapter(src, dst)`, or `peft-moe convert`."
+            )
+        for option in ("trainable_token_indices", "layer_replication"):
+            if getattr(self.config, option, None):
+                raise ValueError(
+                    f"{folder}: `{option}` is not merged on disk; load the model and use `merge_and_unload`"
+                )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Key -> shape."""
+        return {key: entry.shape for key, entry in self.tensors.entries.items()}
+
+    def bind(self, model: Any) -> dict[str, Change]:
+        """Parameter of a model -> what the adapter does to it.
+
+        Args: model: on the meta device.
+
+        Raises `ValueError` naming the tensors that fit nothing, are missing, or would be used twice.
+        """
+        shapes = self.shapes()
+        changes, used = self._experts(model, shapes)
+        linears = {key: shape for key, shape in shapes.items() if key not in set(used)}
+        known = model.state_dict()
+        replaced: dict[str, Replaced] = {}
+        for key in linears:
+            path = native.full_key(key).removeprefix(native.PREFIX)
+            found = _LINEAR.fullmatch(path)
+            plain = path.replace(".base_layer.", ".")
+            if found is None and plain in known and plain not in replaced:
+                replaced[plain] = Replaced(self.tensors, key)
+            elif found is not None and f"{found.group(1)}.weight" in known:
+                linear = found.group(1)
+                made = LinearDelta(self.tensors, {}, self.linear_scaling(linear))
+                one = changes.setdefault(f"{linear}.weight", made)
+                assert isinstance(one, LinearDelta)
+                one.keys[found.group(2)] = key
+            else:
+                continue
+            used.append(key)
+        for parameter, new in replaced.items():
+            one = changes.setdefault(parameter, new)
+            if isinstance(one, LinearDelta):
+                one.instead = new
+        _check_used(shapes, used, self.name)
+        native.check_linears(linears, model, self.config, self.name)
+        for parameter, change in changes.items():
+            _check_value(change, parameter, known[parameter], shapes, self.name)
+        return changes
+
+    def linear_scaling(self, path: str) -> float:
+        """Of the linear at a path."""
+        ranks, alphas = self.config.rank_pattern, self.config.alpha_pattern
+        rank = ranks.get(get_pattern_key(ranks.keys(), path), self.config.r)
+        alpha = alphas.get(get_pattern_key(alphas.keys(), path), self.config.lora_alpha)
+        return scaling_of(self.config, alpha, rank)
+
+    def _experts(self, model: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Change], list[str]]:
+        config = self.config
+        if not isinstance(config, MoELoraConfig):
+            return {}, []
+        targets = targeted_experts(model, config, find_experts(model))
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, spec in targets.items():
+            expected |= native.expected_shapes(name, spec, resolve(config, spec, name))
+        keys = native.check_shapes(shapes, expected, self.name)
+        changes: dict[str, Change] = {}
+        cache: dict[ExpertFactors, Any] = {}
+        for name, spec in targets.items():
+            settings = resolve(config, spec, name)
+            for projection in spec.projections:
+                if projection.name not in settings.projections:
+                    continue
+                mine = {
+                    (slot, factor): keys[f"{native.PREFIX}{name}.{slot}.{factor}"]
+                    for slot in settings.slots(projection)
+                    for factor in settings.shapes(projection, slot, spec.num_experts)
+                }
+                scaling = nominal_scaling(config)
+                one = ExpertFactors(self.tensors, mine, settings, projection, scaling, spec.num_experts, cache)
+                changes |= _parameters(model, name, spec, projection, one)
+        return changes, list(keys.values())
+
+
+def _parameters(
+    model: Any, name: str, spec: ExpertsSpec, projection: ProjectionSpec, made: ExpertFactors
+) -> dict[str, Change]:
+    """The parameters that hold a projection, each with the rows that it holds."""
+    found: dict[str, Change] = {}
+    for expert in spec.experts or (None,):
+        start = 0
+        for part in projection.parts:
+            path = [name, part.path] if expert is None else [name, expert, part.path, "weight"]
+            parameter = ".".join(one for one in path if one)
+            shape = model.get_parameter(parameter).shape
+            rows = shape[-1] if part.transposed else shape[-2] // (spec.num_experts if part.flat else 1)
+            rows_of = slice(start, start + rows)
+            index = None if expert is None else spec.experts.index(expert)
+            found[parameter] = ExpertsDelta(made, rows_of, part.transposed, index, part.flat)
+            start += rows
+    return found
+
+
+def _check_used(shapes: dict[str, tuple[int, ...]], used: list[str], adapter: str) -> None:
+    unused = sorted(set(shapes) - set(used))
+    twice = sorted(key for key, count in Counter(used).items() if count > 1)
+    if unused or twice:
+        parts = [f"not used by this model: {', '.join(unused)}"] if unused else []
+        parts += [f"used more than once: {', '.join(twice)}"] if twice else []
+        raise ValueError(
+            f"adapter {adapter!r}: every tensor has to be merged once; {'; '.join(parts)}. Was it trained on another "
+            "model? Nothing was written."
+        )
+
+
+def _check_value(
+    change: Change, parameter: str, value: Tensor, shapes: dict[str, tuple[int, ...]], adapter: str
+) -> None:
+    """Raise `ValueError` for a linear's change that does not have the shape of its parameter, or is not whole."""
+    if isinstance(change, ExpertsDelta):
+        return
+    if isinstance(change, LinearDelta) and change.instead is not None:
+        _check_value(change.instead, parameter, value, shapes, adapter)
+    if isinstance(change, Replaced):
+        key, found = change.key, shapes[change.key]
+    else:
+        names = set(change.keys) - {"lora_magnitude_vector"}
+        embedding = "lora_embedding_A" in change.keys
+        wanted = {"lora_embedding_A", "lora_embedding_B"} if embedding else {"lora_A", "lora_B"}
+        if embedding and "lora_magnitude_vector" in change.keys:
+            raise ValueError(f"adapter {adapter!r}: {parameter}: DoRA on embeddings is not merged on disk")
+        if names != wanted:
+            raise ValueError(f"adapter {adapter!r}: {parameter}: found {sorted(names)}, expected {sorted(wanted)}")
+        key = next(iter(change.keys.values()))
+        a, b = (shapes[change.keys[name]] for name in sorted(wanted))
+        found = (a[1], b[0]) if embedding else (b[0], a[1])
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise ValueError(
+                f"adapter {adapter!r}: {key}: factors of shapes {a} and {b}, expected (r, in) and (out, r)"
+            )
+    if tuple(found) != tuple(value.shape):
+        raise ValueError(
+            f"adapter {adapter!r}: {key} would change {parameter} as a tensor of shape {tuple(found)}, which is "
+            f"{tuple(value.shape)} in this model. Nothing was written."
+        )

@@ -1,0 +1,70 @@
+"""The model of a checkpoint without its weights: on the meta device, for its names, shapes and classes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ...compat import model_class
+
+
+def skeletons(folder: Path, trust_remote_code: bool) -> Iterator[Any]:
+    """Models that the checkpoint may have been loaded as: the class that its config names, and a causal LM.
+
+    Raises `ValueError` if transformers does not know the architecture.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder}: transformers cannot read its config ({error}). Names of tensors are matched by the model's own "
+            "classes; where they are code beside the checkpoint that you trust, pass `trust_remote_code=True`."
+        ) from error
+    text = config.get_text_config()
+    for one in (config, text):
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config  # of plain modules only names and shapes are asked
+    seen: set[type] = set()
+    own_code = not type(config).__module__.startswith("transformers.")
+    for name in () if own_code else config.architectures or ():
+        found = model_class(name)
+        if found is not None:
+            with torch.device("meta"):
+                model = found(config)
+            seen.add(type(model))
+            yield model
+    options = {"trust_remote_code": True} if trust_remote_code else {}
+    problem: ValueError | None = None
+    for one in (config,) if text is config else (text, config):
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(one, **options)
+        except ValueError as error:
+            problem = error
+            continue
+        if type(model) not in seen:
+            yield model
+        return
+    if not seen:
+        raise ValueError(f"{folder}: {problem}") from problem
+
+
+def kept_in_fp32(model: Any) -> tuple[str, ...]:
+    """Parts of the names of parameters that a model wants in fp32, whatever the rest is in."""
+    names: set[str] = set()
+    for module in model.modules():
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            names.update(getattr(module, attribute, None) or ())
+    return tuple(sorted(names))
+
+
+def aliases_of(model: Any) -> dict[str, str]:
+    """Second names of config values -> the names under which this version of transformers writes them."""
+    found: dict[str, str] = {}
+    for config in (model.config, model.config.get_text_config()):
+        found |= getattr(config, "attribute_map", None) or {}
+    return found
