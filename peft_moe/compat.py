@@ -34,6 +34,11 @@ from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 try:
+    from re import _parser as regex_parser  # type: ignore[attr-defined]
+except ImportError:  # Python 3.10
+    import sre_parse as regex_parser
+
+try:
     from transformers import core_model_loading
     from transformers.conversion_mapping import get_model_conversion_mapping
 except ImportError:  # transformers 4 converts no weights
@@ -63,6 +68,7 @@ __all__ = [
     "onload_below",
     "peft_tables",
     "quantizer_registry",
+    "regex_parser",
     "through_hook",
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from .checkpoint.card import add_loading_section
 from .checkpoint.files import read_shapes
 from .layouts import TARGETS
 from .ops.backends import BACKENDS
+from .ops.grouped import log_once
+from .patterns import check_patterns
 from .registration import peft_type
 
 FORMAT_VERSION = 1
@@ -115,6 +118,7 @@ class MoELoraConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = peft_type()
         self._check_format()
+        self._check_input()
         self._normalise_targets()
         self._check_numbers()
         self._normalise_indices()
@@ -172,6 +176,22 @@ class MoELoraConfig(LoraConfig):
         if self.layout != LAYOUT:
             _fail("layout", self.layout, f"is unknown; expected {LAYOUT!r}")
 
+    def _check_input(self) -> None:
+        """A config from a stranger makes nobody wait and imports nothing."""
+        for option in ("rank_pattern", "alpha_pattern"):
+            check_patterns(getattr(self, option) or {}, f"MoELoraConfig: `{option}`")
+        for option in ("target_modules", "exclude_modules", "layers_pattern"):
+            found = getattr(self, option)
+            if isinstance(found, str) or option == "layers_pattern":  # lists of the others are plain names
+                check_patterns([found] if isinstance(found, str) else found or (), f"MoELoraConfig: `{option}`")
+        if self.megatron_core not in (None, "megatron.core"):
+            _fail("megatron_core", self.megatron_core, "names a module to import; expected 'megatron.core'")
+        mapping: dict[str, Any] | None = vars(self).get("auto_mapping")
+        library = (mapping or {}).get("parent_library")
+        if library is not None and library not in sys.modules:
+            log_once(f"auto_mapping: {library!r} is not imported here, and a config imports nothing: it is ignored")
+            self.auto_mapping = None
+
     def _normalise_targets(self) -> None:
         found = self.target_experts
         if found is None or found == "all" or isinstance(found, str):
@@ -193,6 +213,7 @@ class MoELoraConfig(LoraConfig):
             if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
                 _fail(option, found, "is not a dict of pattern to value")
             setattr(self, option, dict(pairs))
+            check_patterns(getattr(self, option), f"MoELoraConfig: `{option}`")
         ranks: dict[str, Any] = {"r": self.r, "expert_r": self.expert_r}
         rank_pattern, alpha_pattern = self.expert_rank_pattern or {}, self.expert_alpha_pattern or {}
         ranks |= {f"expert_rank_pattern[{key!r}]": value for key, value in rank_pattern.items()}
@@ -207,12 +228,6 @@ class MoELoraConfig(LoraConfig):
         split: Any = self.split_gate_up
         if not isinstance(split, bool):
             _fail("split_gate_up", split, "is neither True nor False")
-        for option in ("expert_rank_pattern", "expert_alpha_pattern"):
-            for pattern in getattr(self, option):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    _fail(option, pattern, f"is not a regular expression ({error})")
 
     def _normalise_indices(self) -> None:
         if self.expert_indices is None:

@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from .compat import get_pattern_key
 from .config import MoELoraConfig
 from .layouts import ExpertsSpec, ProjectionSpec
+from .patterns import matches, value_of
 
 
 @dataclass
@@ -179,11 +179,9 @@ def resolve(config: MoELoraConfig, spec: ExpertsSpec, name: str) -> AdapterSetti
     ranks, alphas = [], []
     for expert in range(spec.num_experts) if experts is None else experts:
         key = f"{name}.{expert}"
-        rank_key = get_pattern_key((config.expert_rank_pattern or {}).keys(), key)
-        alpha_key = get_pattern_key((config.expert_alpha_pattern or {}).keys(), key)
-        ranks.append((config.expert_rank_pattern or {}).get(rank_key, config.expert_r or config.r))
+        ranks.append(value_of(config.expert_rank_pattern, key, config.expert_r or config.r))
         default_alpha = config.lora_alpha if config.expert_alpha is None else config.expert_alpha
-        alphas.append((config.expert_alpha_pattern or {}).get(alpha_key, default_alpha))
+        alphas.append(value_of(config.expert_alpha_pattern, key, default_alpha))
     scaling = [scaling_of(config, alpha, rank) for alpha, rank in zip(alphas, ranks, strict=True)]
     if config.share_experts and (len(set(ranks)) > 1 or experts is not None):
         raise ValueError(
@@ -221,7 +219,7 @@ def check_against_model(config: MoELoraConfig, targets: dict[str, ExpertsSpec]) 
         _check_start(config, spec, resolve(config, spec, name), name)
         for option in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(config, option) or {}:
-                if _matches(pattern, name):
+                if matches(pattern, name):
                     raise ValueError(
                         f"MoELoraConfig: `{option}` has the pattern {pattern!r}, which matches the experts {name}; it "
                         f"holds on linears. Use `expert_{option}`, which matches names such as '{name}.0'."
@@ -229,7 +227,7 @@ def check_against_model(config: MoELoraConfig, targets: dict[str, ExpertsSpec]) 
     keys = [f"{name}.{expert}" for name, spec in targets.items() for expert in range(spec.num_experts)]
     for option in ("expert_rank_pattern", "expert_alpha_pattern"):
         for pattern in getattr(config, option) or {}:
-            if not any(_matches(pattern, key) for key in keys):
+            if not any(matches(pattern, key) for key in keys):
                 raise ValueError(
                     f"MoELoraConfig: `{option}` has the pattern {pattern!r}, which matches no expert; expected a regex "
                     f"of a name such as {keys[0] if keys else '<experts module>.<index>'!r}."
@@ -256,7 +254,3 @@ def _check_start(config: MoELoraConfig, spec: ExpertsSpec, settings: AdapterSett
                     f"{min(rows, projection.in_features)} for weights of {rows} x {projection.in_features}, found "
                     f"{settings.rank}"
                 )
-
-
-def _matches(pattern: str, key: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", key) is not None

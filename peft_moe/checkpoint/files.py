@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safetensors import SafetensorError, safe_open
+from .header import read_header
 
 
 def read_shapes(path: str) -> dict[str, tuple[int, ...]]:
@@ -10,11 +10,4 @@ def read_shapes(path: str) -> dict[str, tuple[int, ...]]:
 
     Raises `ValueError` if the file is truncated or is no safetensors file.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}): it is truncated or corrupted. Fetch or save the adapter again. Nothing "
-            "was loaded."
-        ) from error
+    return {key: one.shape for key, one in read_header(path)[0].items()}

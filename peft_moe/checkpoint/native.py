@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from peft import LoraConfig
 from torch import nn
 
-from ..compat import get_pattern_key
 from ..layouts import ExpertsSpec
+from ..patterns import value_of
 from ..settings import AdapterSettings
 
 PREFIX = "base_model.model."  # of every key, as in all adapters of PEFT
@@ -125,7 +125,7 @@ def check_linears(found: Mapping[str, Sequence[int]], model: nn.Module, config: 
         sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
         if None in sizes:
             continue
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), path), config.r)
+        rank = value_of(config.rank_pattern, path, config.r)
         expected = (rank, sizes[0]) if factor == "lora_A" else (sizes[1], rank)
         if tuple(shape) != expected:
             raise ValueError(

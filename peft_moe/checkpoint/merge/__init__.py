@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,8 @@ def _fingerprint(base: Source, adapter: AdapterFiles, dtype: torch.dtype | None,
     parts: list[Any] = [_VERSION, str(dtype), requantize, str(torch.__version__), base.config]
     for name, shard in base.shards.items():
         stat = shard.path.stat()
-        parts += [name, stat.st_size, stat.st_mtime_ns, shard.header]
+        parts += [name, stat.st_size, stat.st_mtime_ns, shard.metadata]
+        parts.append({key: asdict(entry) for key, entry in shard.entries.items()})
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         parts.append(adapter.folder / name)
     return fingerprint(parts)

@@ -10,9 +10,9 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 from torch import Tensor
 
-from ...compat import get_pattern_key
 from ...config import MoELoraConfig
 from ...layouts import ExpertsSpec, ProjectionSpec, find_experts
+from ...patterns import value_of
 from ...settings import nominal_scaling, resolve, scaling_of
 from ...targets import targeted_experts
 from .. import native
@@ -92,9 +92,8 @@ class AdapterFiles:
 
     def linear_scaling(self, path: str) -> float:
         """Of the linear at a path."""
-        ranks, alphas = self.config.rank_pattern, self.config.alpha_pattern
-        rank = ranks.get(get_pattern_key(ranks.keys(), path), self.config.r)
-        alpha = alphas.get(get_pattern_key(alphas.keys(), path), self.config.lora_alpha)
+        rank = value_of(self.config.rank_pattern, path, self.config.r)
+        alpha = value_of(self.config.alpha_pattern, path, self.config.lora_alpha)
         return scaling_of(self.config, alpha, rank)
 
     def _experts(self, model: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Change], list[str]]:

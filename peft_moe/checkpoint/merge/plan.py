@@ -10,9 +10,9 @@ import torch
 
 from ...quantize.config import METHODS
 from ...weights.requantized import Change as Rounding
+from ..header import DTYPES
 from ..packed import SETTINGS_OF_FP8
 from ..packed_settings import PackedConfig
-from ..tensor_file import DTYPES
 from .edits import Edit
 from .produce import Copied, Output, Plain, Requantized, code_of
 from .source import Source

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...weights.requantized import Change as Rounding
-from ..tensor_file import CODES, DTYPES
+from ..header import CODES, DTYPES
 from .edits import Edit
 from .source import Source
 from .stored import Stored, StoredFP8

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from ...compat import cached_file
+from ..header import Entry
 from ..scales import checkpoint_files
-from ..tensor_file import Entry, TensorFile
+from ..tensor_file import TensorFile
 
 
 class Source:

@@ -1,0 +1,117 @@
+"""Regexes of a config: checked once when it is read, matched in one place.
+
+Adapters come from strangers, and Python's matcher goes back over a name for every way in which a pattern could have
+matched. A pattern is therefore refused where that could take longer than a short while: repeats inside repeats,
+references to groups, or several repeats of anything in a row.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from .compat import get_pattern_key, regex_parser
+
+MAX_LENGTH = 2000
+MAX_COST = 10_000_000  # of all patterns of an option: about the steps of matching one name in the worst case
+_WIDE = 100  # places where a repeat of anything, such as `.*`, can end in a name
+_NARROW = 5  # and one of digits, which ends at the next dot
+_OPTIONAL = 2
+_DIGITS = {str(digit) for digit in range(10)}
+
+
+def check_patterns(patterns: Iterable[Any], where: str) -> None:
+    """Raise `ValueError` for what is no regular expression, or could take long to match.
+
+    Args: where: the option in which the patterns stand, for the message.
+    """
+    cost = 0
+    for pattern in patterns:
+        cost += _cost(pattern, where)
+        if cost > MAX_COST:
+            raise ValueError(
+                f"{where}={pattern!r} could take very long to match: repeats of arbitrary characters, optional parts "
+                "and alternatives multiply. Write it as a simpler pattern."
+            )
+
+
+def _cost(pattern: Any, where: str) -> int:
+    if not isinstance(pattern, str):
+        raise ValueError(f"{where}={pattern!r} is not a regular expression.")
+    if len(pattern) > MAX_LENGTH:
+        raise ValueError(f"{where} has a pattern of {len(pattern)} characters; expected at most {MAX_LENGTH}.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = regex_parser.parse(pattern)
+            re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{where}={pattern!r} is not a regular expression ({error}).") from error
+    try:
+        return _steps(tree, inside=False)
+    except _Endless as error:
+        raise ValueError(
+            f"{where}={pattern!r} {error}: matching it could take very long. Write it as a simpler pattern."
+        ) from error
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern matches the end of a dotted name, as PEFT matches `rank_pattern`."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def value_of(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a dotted name."""
+    found = patterns or {}
+    return found.get(get_pattern_key(found.keys(), name), default)  # type: ignore[arg-type]
+
+
+class _Endless(Exception):
+    """A pattern whose cost has no useful bound."""
+
+
+def _steps(tree: Any, inside: bool) -> int:
+    """About how many ways there are to match a parsed pattern. Args: inside: a repeat."""
+    cost = 1
+    for operation, argument in tree:
+        name = str(operation)
+        if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+            least, most, body = argument
+            cost *= _repeat(least, most, body, inside)
+        elif name == "BRANCH":
+            if inside:
+                raise _Endless("has alternatives inside a repeat")
+            cost *= sum(_steps(branch, inside) for branch in argument[1])
+        elif name == "SUBPATTERN":
+            cost *= _steps(argument[-1], inside)
+        elif name == "ATOMIC_GROUP":
+            cost *= _steps(argument, inside)
+        elif name in ("ASSERT", "ASSERT_NOT"):
+            cost *= _steps(argument[1], inside)
+        elif name.startswith("GROUPREF"):
+            raise _Endless("refers to one of its groups")
+    return cost
+
+
+def _repeat(least: int, most: Any, body: Any, inside: bool) -> int:
+    if inside:
+        raise _Endless("has a repeat inside a repeat")
+    if most == 1:  # an optional part
+        return _OPTIONAL * _steps(body, inside)
+    _steps(body, True)
+    if least == most:
+        return 1
+    return _NARROW if all(_only_digits(*one) for one in body) else _WIDE
+
+
+def _only_digits(operation: Any, argument: Any) -> bool:
+    name = str(operation)
+    if name == "LITERAL":
+        return chr(argument) in _DIGITS
+    if name == "IN":
+        return all(_only_digits(*one) for one in argument)
+    if name == "RANGE":
+        return chr(argument[0]) in _DIGITS and chr(argument[1]) in _DIGITS
+    return name == "CATEGORY" and str(argument) == "CATEGORY_DIGIT"

@@ -1,0 +1,98 @@
+"""Regexes from a config: what is refused, and that what is accepted matches in bounded time."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_moe import MoELoraConfig
+from peft_moe.patterns import check_patterns, matches, value_of
+
+NAME = "base_model.model.model.layers.47.mlp.experts.127"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.layers\.(0|1|2)\..*(q_proj|v_proj)",
+        r"layers\.0\.mlp\.experts\.\d+",
+        r"model\.layers\.(?:1[0-9]|2[0-3])\.mlp\.experts\.\d{1,3}",
+        "experts",
+        "|".join(f"layers.{layer}.mlp.experts.{expert}" for layer in range(4) for expert in range(8)),
+    ],
+)
+def test_usual_patterns_are_accepted(pattern: str) -> None:
+    check_patterns([pattern], "option")
+
+
+@pytest.mark.parametrize(
+    "pattern, reason",
+    [
+        (r"(a+)+$", "repeat inside a repeat"),
+        (r"(a|aa)+", "alternatives inside a repeat"),
+        (r"(a?){40}a{40}", "repeat inside a repeat"),
+        ("a?" * 30 + "a" * 30, "very long"),
+        ("(a|a)" * 30, "very long"),
+        (r".*.*.*.*.*x", "very long"),
+        (r"(a)\1", "refers to one of its groups"),
+        (r"(", "not a regular expression"),
+        (r"a{99999999999999999999}", "not a regular expression"),
+        ("(" * 1500, "not a regular expression"),
+        ("a" * 2001, "2001 characters"),
+        (7, "not a regular expression"),
+    ],
+)
+def test_refused(pattern: object, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        check_patterns([pattern], "option")
+
+
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern", "expert_rank_pattern", "expert_alpha_pattern"])
+def test_every_pattern_of_a_config_is_checked(option: str) -> None:
+    with pytest.raises(ValueError, match=f"`{option}`.*repeat inside a repeat"):
+        MoELoraConfig(**{option: {r"(\w+\.?)+x": 4}})
+
+
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "layers_pattern"])
+def test_every_regex_of_a_config_is_checked(option: str) -> None:
+    extra = {"layers_to_transform": [0], "target_modules": ["q_proj"]} if option == "layers_pattern" else {}
+    with pytest.raises(ValueError, match=f"`{option}`.*repeat inside a repeat"):
+        MoELoraConfig(**{**extra, option: r"(\w+\.?)+x"})
+
+
+def test_a_config_names_no_module_to_import() -> None:
+    with pytest.raises(ValueError, match="megatron_core"):
+        MoELoraConfig(megatron_core="antigravity")
+    config = MoELoraConfig(auto_mapping={"parent_library": "antigravity", "base_model_class": "x"})
+    assert config.auto_mapping is None
+    known = {"parent_library": "torch.nn", "base_model_class": "Linear"}
+    assert MoELoraConfig(auto_mapping=known).auto_mapping == known
+
+
+def test_many_patterns_share_the_bound() -> None:
+    with pytest.raises(ValueError, match="very long"):
+        check_patterns([rf".*a{n}.*b.*" for n in range(100)], "option")
+    check_patterns([rf"layers\.{n}\.mlp\.experts\.\d+" for n in range(2000)], "option")
+
+
+@given(st.text(alphabet=r"ab.*+?|()[]{}\d19,^$-", max_size=24))
+@settings(max_examples=400, deadline=None)
+def test_what_is_accepted_is_quick(pattern: str) -> None:
+    try:
+        check_patterns([pattern], "option")
+    except ValueError:
+        return
+    start = time.perf_counter()
+    matches(pattern, "ab1." * 20 + "9")
+    assert time.perf_counter() - start < 2
+
+
+def test_matching_is_that_of_the_end_of_a_name() -> None:
+    assert matches(r"experts\.\d+", NAME) and not matches(r"xperts\.\d+", NAME) and not matches("experts", NAME)
+    values = {"a": 1, r"experts\.127": 2, r".*127": 3}
+    assert value_of(values, NAME, 4) == 2 and value_of(values, "b", 4) == 4 and value_of(None, NAME, 5) == 5
+    assert re.match(rf"(.*\.)?({list(values)[1]})$", NAME)
