@@ -116,20 +116,23 @@ class House:
         """Forget the storage, which others house anew."""
         self.flat = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies and files: their tensors have other storages, and `flat` would only double them."""
+        return vars(self) | {"flat": None}
+
 
 class NamedHouse(House):
     """The tensors of one name, parameters or buffers, of many modules, in the order given."""
 
     def __init__(self, modules: Sequence[Any], name: str) -> None:
         super().__init__()
-        bases = [module.get_base_layer() if hasattr(module, "get_base_layer") else module for module in modules]
+        self._owners = [module.get_base_layer() if hasattr(module, "get_base_layer") else module for module in modules]
         # Not the dict of parameters: tools put another in its place.
-        self._attributes = [vars(base) for base in bases]
-        self._of_kind = itemgetter("_parameters" if name in bases[0]._parameters else "_buffers")
+        self._of_kind = attrgetter("_parameters" if name in self._owners[0]._parameters else "_buffers")
         self._of_name = itemgetter(name)
 
     def tensors(self) -> list[Tensor]:
-        return list(map(self._of_name, map(self._of_kind, self._attributes)))
+        return list(map(self._of_name, map(self._of_kind, self._owners)))
 
 
 class WeightHouse(NamedHouse):
