@@ -111,7 +111,7 @@ def run_experts(
             backend = choose(layer.backend, x.device, dtype, rank, spec.num_experts)
             routing = pieces_of(backend).route(index, spec.num_experts, sentinels)
             both = [_joined(layer, projection, names, dtype, backend) for projection in spec.projections]
-            routing, (first, second) = only_routed(layer, routing, both, dtype)
+            routing, (first, second) = only_routed(layer, routing, both, dtype, backend)
             gate = spec.closed_form if spec.closed_form else lambda pre: activation(layer, pre)
             return expert_mlp(x, weights, routing, first, second, gate, backend, out_dtype)
         routing = route(index, spec.num_experts, sentinels)

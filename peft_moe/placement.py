@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .compat import onload_below
 from .ops.linear import FrozenStack
+from .ops.scaled import CodedStack
 
 if TYPE_CHECKING:
     from .forward import Experts
@@ -107,7 +108,9 @@ def build_onloaded(layer: Experts, store: Any) -> FrozenStack:
         with onloaded(layer):
             return stack()
 
-    return build
+    if not isinstance(stack, CodedStack):
+        return build
+    return CodedStack(build, lambda: None if store.device.type == "meta" else stack.codes())
 
 
 def _offloads(modules: Iterable[nn.Module]) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .ops.experts import Projection
+from .ops.experts import Projection, pieces_of
 from .ops.routing import Routing, compact
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def pays(rows: int, experts: int) -> bool:
 
 
 def only_routed(
-    layer: Experts, routing: Routing, projections: list[Projection], dtype: torch.dtype
+    layer: Experts, routing: Routing, projections: list[Projection], dtype: torch.dtype, backend: str
 ) -> tuple[Routing, list[Projection]]:
     """Routing and projections of the experts that have rows; those given, where that does not pay or cannot be done.
 
@@ -36,6 +36,9 @@ def only_routed(
     stores: list[Any] = [layer.stores[one.name] for one in layer.spec.projections]
     if any(store.keep_built or not getattr(store, "builds_some", False) for store in stores):
         return routing, projections
+    rows = routing.experts.numel()
+    if all(pieces_of(backend).reads_codes(one.weight, rows) for one in projections):
+        return routing, projections  # nothing is dequantized
     routing, slots = compact(routing, experts)
     return routing, [_pick(one, store, slots, dtype) for one, store in zip(projections, stores, strict=True)]
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import pieces
 from .activation import Activation
-from .linear import FrozenStack, first_order_only, stack_tensor
+from .linear import FrozenStack, first_order_only
 from .routing import Routing
 
 
@@ -82,18 +82,27 @@ class _ExpertMLP(torch.autograd.Function):
         run = pieces_of(backend)
         routing = Routing(order, source, inverse, experts, offsets, weights.shape[1], valid)
         rows = run.gather(x, source)
-        pre, up_low = run.project(rows, stack_tensor(up_weight), up_a, up_b, up_scale, up_bias, routing, backend)
+        pre, up_low = run.project(
+            rows, run.operand(up_weight, len(source), False), up_a, up_b, up_scale, up_bias, routing, backend
+        )
         hidden = run.activate_rows(activation, pre)
         out, down_low = run.project(
-            (hidden, None), stack_tensor(down_weight), down_a, down_b, down_scale, down_bias, routing, backend
+            (hidden, None),
+            run.operand(down_weight, len(source), False),
+            down_a,
+            down_b,
+            down_scale,
+            down_bias,
+            routing,
+            backend,
         )
         out = run.combine(out, weights, routing, dtype)
 
         ctx.backend, ctx.activation = backend, activation
         ctx.up_scale, ctx.down_scale = up_scale, down_scale
         up_tensor, down_tensor = isinstance(up_weight, Tensor), isinstance(down_weight, Tensor)
-        ctx.build_up = None if up_tensor else up_weight
-        ctx.build_down = None if down_tensor else down_weight
+        ctx.up_stack = None if up_tensor else up_weight
+        ctx.down_stack = None if down_tensor else down_weight
         ctx.save_for_backward(
             x, weights, pre, up_low, down_low, up_a, up_b, down_a, down_b, down_bias,
             up_weight if up_tensor else None, down_weight if down_tensor else None,
@@ -116,10 +125,10 @@ class _ExpertMLP(torch.autograd.Function):
 
         d_out = grads[0].to(x.dtype)
         d_rows = run.gather(d_out, source)  # before weighting
-        down_weight = ctx.build_down() if down_weight is None else down_weight
+        down_weight = run.operand(down_weight if ctx.down_stack is None else ctx.down_stack, len(source), True)
         # The transposed projection: B takes the place of A, A that of B.
         d_hidden, d_down_low = run.project(
-            d_rows, down_weight.mT, _mT(down_b), _mT(down_a), ctx.down_scale, None, routing, backend
+            d_rows, down_weight, _mT(down_b), _mT(down_a), ctx.down_scale, None, routing, backend
         )
         del down_weight
         d_pre, dots, hidden = run.activate_rows_backward(ctx.activation, pre, d_hidden, weights, routing)
@@ -143,9 +152,9 @@ class _ExpertMLP(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             d_up_b = run.outer((d_pre, None), up_low, None, routing, False, backend)
         if need_x or need_up:
-            up_weight = ctx.build_up() if up_weight is None else up_weight
+            up_weight = run.operand(up_weight if ctx.up_stack is None else ctx.up_stack, len(source), True)
             d_gathered, d_up_low = run.project(
-                (d_pre, None), up_weight.mT, _mT(up_b), _mT(up_a), ctx.up_scale, None, routing, backend
+                (d_pre, None), up_weight, _mT(up_b), _mT(up_a), ctx.up_scale, None, routing, backend
             )
             del up_weight
             if ctx.needs_input_grad[4]:

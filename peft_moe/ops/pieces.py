@@ -11,9 +11,21 @@ from torch import Tensor
 
 from .activation import Activation, activate, activate_backward
 from .grouped import grouped_mm, grouped_outer
+from .linear import FrozenStack, stack_tensor
 from .routing import Routing, mask_rows, route
 
-__all__ = ["activate_rows", "activate_rows_backward", "combine", "gather", "outer", "project", "route", "unsort"]
+__all__ = [
+    "activate_rows",
+    "activate_rows_backward",
+    "combine",
+    "gather",
+    "operand",
+    "outer",
+    "project",
+    "reads_codes",
+    "route",
+    "unsort",
+]
 
 Rows = tuple[Tensor, Tensor | None]
 
@@ -21,6 +33,17 @@ Rows = tuple[Tensor, Tensor | None]
 def gather(x: Tensor, source: Tensor) -> Rows:
     """`(T, H)` tokens and `(S,)` their row numbers, as rows."""
     return x[source], None
+
+
+def operand(stack: FrozenStack, rows: int, transposed: bool) -> Tensor:
+    """What `project` multiplies `rows` rows by: the `(E, N, K)` of a frozen stack, or its transpose."""
+    weight = stack_tensor(stack)
+    return weight.mT if transposed else weight
+
+
+def reads_codes(stack: FrozenStack, rows: int) -> bool:
+    """Whether `operand` takes the codes of a stack as they are."""
+    return False
 
 
 def project(

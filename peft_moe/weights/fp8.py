@@ -7,14 +7,16 @@ to it: some layers are 16-bit by design, and compressed-tensors decompresses a l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.scaled import CodedStack, ScaledStack
 from .built import BuiltWeight, chunks, split_path, stated_dtype
 from .dense import DENSE_DTYPES
 from .grid import FLOAT8, Grid, decode_scale, find_grids, quantize
@@ -204,6 +206,25 @@ class FP8Piece:
         dequantize_blocks(codes, scales, self._indices[key], grid.block_cols, out)
         return True
 
+    def scaled(self, experts: int) -> ScaledStack | None:
+        """Codes and scales for products on them, `(E, rows, cols)`; rows of several tensors of an expert are joined.
+
+        `None` where the weight is not FP8, or the scales do not lie in equal blocks over all of an expert's rows.
+        """
+        if not self.packed or self.tensor.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+            return None
+        grid, codes, scales = self.grid(), self.codes, decode_scale(self.scales()).float()
+        tensors = len(codes) // experts  # of each expert
+        rows = codes.shape[1]
+        if (len(grid.sections) > 1 or tensors > 1) and grid.sections[0] % grid.block_rows:
+            return None
+        codes = codes.reshape(experts, tensors * rows, codes.shape[2])
+        if len(scales) > 1:
+            scales = scales.reshape(experts, tensors * scales.shape[1], scales.shape[2])
+        elif tensors > 1:
+            return None
+        return ScaledStack(codes, scales.expand(experts, -1, -1), grid.block_rows, grid.block_cols)
+
     def requantize(self, experts: list[int], delta: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor | None, Change]:
         """New codes and scales of some experts after `delta (E', rows, cols)`, and what rounding did. Writes nothing.
 
@@ -275,6 +296,29 @@ class FP8Weight(BuiltWeight):
 
     Raises `ValueError` for an FP8 weight without a usable scale.
     """
+
+    def frozen(self) -> Callable[[], Tensor]:
+        """See `ExpertWeight.frozen`: also the codes, where they are not kept in 16 bits anyway."""
+        joined = self._check()
+        build = partial(self._build, joined, self.dtype)
+        return build if self.keep_built else CodedStack(build, partial(self._codes, joined))
+
+    def __repr__(self) -> str:
+        if self.keep_built or self.device.type != "cuda" or find_spec("triton") is None:
+            return super().__repr__()
+        from ..ops.triton.probe import measured
+
+        rows = measured(self.device)
+        on_codes = "measured at its first call" if rows is None else f"{rows} rows an expert"
+        return f"{super().__repr__()[:-1]}, products on codes up to: {on_codes})"
+
+    def _codes(self, joined: FP8Piece | None) -> ScaledStack | None:
+        """All experts as one stack of codes, `None` where several tensors or irregular blocks make it up."""
+        piece = self.pieces[0] if joined is None else joined
+        if joined is None and (len(self.pieces) > 1 or piece.expert is not None):
+            return None
+        found = piece.scaled(self.shape[0])
+        return None if found is None else found.mT if piece.transposed else found
 
     @torch.no_grad()
     def add_(self, deltas: Iterable[tuple[Sequence[int], Tensor]]) -> None:

@@ -116,3 +116,34 @@ def test_route(data: st.DataObject) -> None:
             assert ours.shape == value.shape and torch.equal(ours, value.to(ours.dtype)), name
     flat = index.reshape(-1).to(torch.int64)
     assert torch.equal(found.order[found.inverse], torch.arange(flat.numel()))
+
+
+@interpreted
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 32), (1, 64), (72, 64), (24, 16)])
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_products_on_codes(rows: int, columns: int, kind: torch.dtype, transposed: bool) -> None:
+    """Blocks, single rows and whole tensors, some of which end short, against the weights in float64."""
+    from peft_moe.ops.scaled import ScaledStack
+    from peft_moe.ops.triton.project import project
+
+    torch.manual_seed(rows + columns)
+    experts, n, k, rank = 3, 72, 64, 16
+    codes = torch.randn(experts, n, k).to(kind)
+    scales = torch.rand(experts, -(-n // rows), -(-k // columns)) + 0.5
+    dense = codes.double() * scales.double().repeat_interleave(rows, 1)[:, :n].repeat_interleave(columns, 2)[..., :k]
+    stack = ScaledStack(codes, scales, rows, columns)
+    if transposed:
+        stack, dense = stack.mT, dense.mT
+    step = 8 if transposed and rows == 24 else 16
+    if transposed and rows == 1:
+        pytest.skip("a step along K would have several scales: it is dequantized")
+    offsets = torch.tensor([5, 5, 45], dtype=torch.int32)
+    x = torch.randn(45, stack.shape[2])
+    a, b = torch.randn(experts, rank, stack.shape[2]), torch.randn(experts, stack.shape[1], rank)
+    tiles = {"ROWS": 32, "COLUMNS": 64, "STEP": step, "num_warps": 4, "num_stages": 1}
+    out, _ = project(x, None, stack, a, b, 2.0, None, offsets, tiles)  # type: ignore[arg-type]
+    for expert, (start, end) in enumerate([(0, 5), (5, 5), (5, 45)]):
+        one = x[start:end].double()
+        expected = one @ dense[expert].mT + 2 * (one @ a[expert].double().mT) @ b[expert].double().mT
+        assert (out[start:end].double() - expected).norm() <= 1e-5 * expected.norm()

@@ -7,13 +7,27 @@ from torch import Tensor
 
 from .. import pieces as plain
 from ..activation import Activation, GatedSwish
+from ..linear import FrozenStack
 from ..routing import Routing
+from ..scaled import CodedStack, ScaledStack
 from . import rowwise
 from .outer import outer as _outer
+from .probe import rows_on_codes
+from .project import multiplies
 from .project import project as _project
 from .routing import route as _route
 
-__all__ = ["activate_rows", "activate_rows_backward", "combine", "gather", "outer", "project", "route"]
+__all__ = [
+    "activate_rows",
+    "activate_rows_backward",
+    "combine",
+    "gather",
+    "operand",
+    "outer",
+    "project",
+    "reads_codes",
+    "route",
+]
 
 Rows = plain.Rows
 
@@ -32,9 +46,28 @@ def gather(x: Tensor, source: Tensor) -> Rows:
     return x.contiguous(), source
 
 
+def operand(stack: FrozenStack, rows: int, transposed: bool) -> Tensor | ScaledStack:
+    """The codes of a stack where so few rows an expert multiply them faster than they are dequantized."""
+    codes = _codes(stack, rows, transposed)
+    return plain.operand(stack, rows, transposed) if codes is None else codes
+
+
+def reads_codes(stack: FrozenStack, rows: int) -> bool:
+    """Whether `operand` gives codes in the forward pass."""
+    return _codes(stack, rows, False) is not None
+
+
+def _codes(stack: FrozenStack, rows: int, transposed: bool) -> ScaledStack | None:
+    codes = stack.codes() if isinstance(stack, CodedStack) else None
+    codes = codes.mT if codes is not None and transposed else codes
+    if codes is None or not multiplies(codes):
+        return None
+    return codes if rows <= rows_on_codes(codes.codes.device) * len(codes.codes) else None
+
+
 def project(
     rows: Rows,
-    weight: Tensor,
+    weight: Tensor | ScaledStack,
     a: Tensor | None,
     b: Tensor | None,
     scale: float,

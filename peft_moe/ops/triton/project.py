@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..scaled import ScaledStack
+from .dequantize import runs_on
 from .launch import launch
 from .project_tma import project_tma, takes
 from .tiles import find_tile
@@ -24,11 +26,11 @@ from .tiles import find_tile
 
 @triton.jit
 def _project_kernel(
-    x, source, w, a, b, bias, offsets, out, low,
-    scale, n_size, k_size,
-    x_row, w_expert, w_n, w_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
+    x, source, w, w_scales, a, b, bias, offsets, out, low,
+    scale, n_size, k_size, scale_rows, scale_columns,
+    x_row, w_expert, w_n, w_k, s_expert, s_n, s_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
     experts: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr,
-    HAS_SOURCE: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SOURCE: tl.constexpr, SCALED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
     SCALE_OUT: tl.constexpr, EVEN_K: tl.constexpr, WHOLE_N: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -56,6 +58,8 @@ def _project_kernel(
         x_at = x + position[:, None] * x_row + steps[None, :]
         inside_columns = columns if WHOLE_N else tl.where(column_mask, columns, 0)
         w_at = w + expert64 * w_expert + inside_columns[None, :] * w_n + steps[:, None] * w_k
+        if SCALED:
+            scales_at = w_scales + expert64 * s_expert + (inside_columns // scale_rows) * s_n
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         if HAS_A:
             a_at = a + expert64 * a_expert + ranks[None, :] * a_r + steps[:, None] * a_k
@@ -68,7 +72,11 @@ def _project_kernel(
                 inside = k + steps < k_size
                 x_tile = tl.load(x_at, mask=inside[None, :], other=0.0)
                 w_tile = tl.load(w_at, mask=inside[:, None], other=0.0)
-            total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
+            if SCALED:  # of one step along K they are those of its first column
+                part = tl.dot(x_tile, w_tile.to(x_tile.dtype), input_precision=PRECISION)
+                total += part * tl.load(scales_at + (k // scale_columns) * s_k)[None, :]
+            else:
+                total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
             if HAS_A:
                 if EVEN_K:
                     a_tile = tl.load(a_at)
@@ -106,29 +114,41 @@ def _large_shared_memory(device: torch.device) -> bool:
 _LARGE = ((9, 0), (10, 0), (10, 3))
 
 
-def _tiles(rows: int, experts: int, columns: int, device: torch.device) -> dict[str, int]:
-    """Tile sizes by the mean number of rows of an expert; `benchmarks/pieces.py --sweep` measures them."""
+def _tiles(rows: int, experts: int, columns: int, wide: bool) -> dict[str, int]:
+    """Tile sizes by the mean number of rows of an expert; `benchmarks/pieces.py --sweep` measures them.
+
+    Args: wide: whether registers and shared memory hold tiles of 128 x 256.
+    """
     mean = rows / experts
     if columns <= 64:  # LoRA A by itself
         width = max(16, 1 << (columns - 1).bit_length())
         return {"ROWS": 128 if mean > FEW_ROWS else 32, "COLUMNS": width, "STEP": 64, "num_warps": 4, "num_stages": 4}
     if mean <= 16:
-        return {"ROWS": 16, "COLUMNS": 128, "STEP": 128, "num_warps": 4, "num_stages": 3}
+        return {"ROWS": 16, "COLUMNS": 128, "STEP": _LONGEST_STEP, "num_warps": 4, "num_stages": 3}
     if mean <= FEW_ROWS:
         return {"ROWS": 64, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 4}
-    if _large_shared_memory(device):
+    if wide:
         return {"ROWS": 128, "COLUMNS": 256, "STEP": 64, "num_warps": 8, "num_stages": 4}
     return {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 8, "num_stages": 2}
 
 
+_LONGEST_STEP = 128
 FEW_ROWS = 48  # of an expert on average: up to here LoRA A rides along
 MANY_ROWS = 384  # above, descriptors pay
+
+
+def multiplies(weight: ScaledStack) -> bool:
+    """Whether the kernel takes these codes: the GPU converts FP8, and no step along K has more than one scale."""
+    codes = weight.codes
+    if codes.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2) or not runs_on(codes.device):
+        return False
+    return weight.columns >= codes.shape[2] or weight.columns % _LONGEST_STEP == 0
 
 
 def project(
     x: Tensor,
     source: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | ScaledStack,
     a: Tensor | None,
     b: Tensor | None,
     scale: float,
@@ -140,9 +160,10 @@ def project(
 
     Args:
         x: `(T, K)` with unit stride in K. source: `(S,)` row of x for each sorted row; `None`: x is `(S, K)` itself.
-        weight: `(E, N, K)`, any strides. a: `(E, R, K)`, b: `(E, N, R)`, any strides, R a power of two >= 16;
-            or both `None`. scale: of the low-rank product.
-        bias: contiguous `(E, N)` or `None`. offsets: `(E,)` int32 ends of the experts' rows.
+        weight: `(E, N, K)`, any strides, or codes that `multiplies`.
+        a: `(E, R, K)`, b: `(E, N, R)`, any strides, R a power of two >= 16; or both `None`.
+        scale: of the low-rank product. bias: contiguous `(E, N)` or `None`.
+        offsets: `(E,)` int32 ends of the experts' rows.
         tiles: sizes to use instead of the default ones.
 
     Returns: out `(S, N)` and low `(S, R)` in the dtype of x; rows past `offsets[-1]` are not written.
@@ -152,7 +173,8 @@ def project(
     if a is not None and rows > FEW_ROWS * weight.shape[0]:
         low = _launch(x, source, a, None, None, scale, None, None, offsets, None, scale_out=True)[0]
         a = None
-    if tiles is None and a is None and rows > MANY_ROWS * weight.shape[0] and takes(x, weight):
+    many = tiles is None and a is None and rows > MANY_ROWS * weight.shape[0]
+    if many and isinstance(weight, Tensor) and takes(x, weight):
         return project_tma(x, source, weight, b, low, bias, offsets), low
     return _launch(x, source, weight, a, b, scale, low, bias, offsets, tiles, scale_out=False)
 
@@ -160,7 +182,7 @@ def project(
 def _launch(
     x: Tensor,
     source: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | ScaledStack,
     a: Tensor | None,
     b: Tensor | None,
     scale: float,
@@ -172,23 +194,28 @@ def _launch(
 ) -> tuple[Tensor, Tensor | None]:
     rows = x.shape[0] if source is None else source.shape[0]
     experts, n_size, k_size = weight.shape
+    if isinstance(weight, ScaledStack):
+        codes, scales, covered = weight.codes, weight.scales, (weight.rows, weight.columns)
+        scale_strides: tuple[int, ...] = scales.stride()
+    else:
+        codes, scales, covered, scale_strides = weight, None, (1, 1), (0, 0, 0)
     out = torch.empty(rows, n_size, dtype=x.dtype, device=x.device)
     if a is not None:
         low = torch.empty(rows, a.shape[1], dtype=x.dtype, device=x.device)
     if rows == 0:
         return out, low
-    chosen = tiles or _tiles(rows, experts, n_size, x.device)
+    chosen = tiles or _tiles(rows, experts, n_size, scales is None and _large_shared_memory(x.device))
     row_tiles = rows // chosen["ROWS"] + min(experts, rows)
     grid = (row_tiles * -(-n_size // chosen["COLUMNS"]),)
     a_strides = (0, 0, 0) if a is None else a.stride()
     b_strides = (0, 0, 0) if b is None else b.stride()
     launch(
         _project_kernel, grid,
-        (x, source, weight, a, b, bias, offsets, out, low, scale, n_size, k_size,
-         x.stride(0), *weight.stride(), *a_strides, *b_strides),
+        (x, source, codes, scales, a, b, bias, offsets, out, low, scale, n_size, k_size, *covered,
+         x.stride(0), *codes.stride(), *scale_strides, *a_strides, *b_strides),
         experts=experts, EXPERTS=1 << (experts - 1).bit_length(), RANK=16 if b is None else b.shape[2],
-        HAS_SOURCE=source is not None, HAS_A=a is not None, HAS_B=b is not None, HAS_BIAS=bias is not None,
-        SCALE_OUT=scale_out, EVEN_K=k_size % chosen["STEP"] == 0,
+        HAS_SOURCE=source is not None, SCALED=scales is not None, HAS_A=a is not None, HAS_B=b is not None,
+        HAS_BIAS=bias is not None, SCALE_OUT=scale_out, EVEN_K=k_size % chosen["STEP"] == 0,
         WHOLE_N=n_size % 16 == 0 and n_size >= chosen["COLUMNS"],
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         **chosen,
