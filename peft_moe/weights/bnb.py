@@ -66,7 +66,7 @@ class BnbWeight(BuiltWeight):
             target = out[:, piece.rows]
             target = target.transpose(1, 2) if piece.transposed else target
             part = target if target.is_contiguous() else torch.empty(target.shape, dtype=out.dtype, device=out.device)
-            piece.codes().gather(slots, piece.elements).read(0, part.numel(), part)
+            piece.codes().read_runs(slots, piece.elements, part)
             if part is not target:
                 target.copy_(part)
         return out

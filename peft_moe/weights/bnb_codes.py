@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -94,6 +95,8 @@ class FourBit:
         if self._loose is not None:
             flat.copy_(self._loose[start:stop])
             return
+        if self._read_by_kernel(flat, start, stop):
+            return
         size = self.state.blocksize
         direct = out.device.type == "cuda" and out.dtype in _KERNEL_DTYPES
         step = _step(KERNEL_LIMIT if direct else min(KERNEL_LIMIT, _TEMPORARY), size)
@@ -106,6 +109,38 @@ class FourBit:
             else:
                 kind = out.dtype if out.dtype in _KERNEL_DTYPES else torch.float32
                 target.copy_(self._decode(first, end, kind)[low - first : high - first])
+
+    def _read_by_kernel(self, out: Tensor, start: int, stop: int, runs: Tensor | None = None) -> bool:
+        """Whole blocks on a GPU, in one pass."""
+        state = self.state
+        if out.device.type != "cuda" or out.dtype not in _KERNEL_DTYPES or find_spec("triton") is None:
+            return False
+        if self._loose is not None or self._scales is not None or start % state.blocksize or stop % state.blocksize:
+            return False
+        from ..ops.triton.four_bit import Nested, dequantize_4bit, takes_blocks
+
+        if not takes_blocks(state.blocksize):
+            return False
+        nested = None
+        if state.nested:
+            outer, (offsets, blocks) = state.state2, self._shifts()
+            nested = Nested(outer.code, outer.absmax, outer.blocksize, offsets, blocks)
+        elif state.absmax.dtype != torch.float32:
+            return False
+        dequantize_4bit(
+            self.bytes, state.absmax, state.code, state.blocksize, out, start // state.blocksize, runs, nested
+        )
+        return True
+
+    def _shifts(self) -> tuple[Tensor, int]:
+        """The offsets of nested scales, and to how many scales each of them belongs."""
+        return self.state.offset.reshape(1), self.state.absmax.numel()
+
+    def read_runs(self, runs: Tensor, elements: int, out: Tensor) -> None:
+        """Decode some runs of `elements` each, whole blocks, which `(n,)` indices on the device name, one by one."""
+        flat = out.view(-1)
+        if not self._read_by_kernel(flat, 0, elements, runs):
+            self._gather(runs, elements).read(0, flat.numel(), out)
 
     def _decode(self, start: int, stop: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Whole blocks (or the short last one)."""
@@ -121,8 +156,7 @@ class FourBit:
         out = None if out is None else out.view(shape)
         return module.dequantize_4bit(packed, state, out=out).reshape(-1)
 
-    def gather(self, runs: Tensor, elements: int) -> FourBit:
-        """The codes of some runs of `elements` each, whole blocks, named by `(n,)` indices on the device."""
+    def _gather(self, runs: Tensor, elements: int) -> FourBit:
         size, state = self.state.blocksize, self.state
         scales = self.scales(0, self.numel // size).view(-1, elements // size)[runs].reshape(-1)
         picked = functional().QuantState(
@@ -229,11 +263,12 @@ class EightBit:
             values = functional().int8_vectorwise_dequant(self.data[low:high], self.scales[low:high])
             target[low - first : high - first].copy_(values)
 
-    def gather(self, runs: Tensor, elements: int) -> EightBit:
-        """See `FourBit.gather`; whole rows."""
+    def read_runs(self, runs: Tensor, elements: int, out: Tensor) -> None:
+        """See `FourBit.read_runs`; whole rows."""
         columns = self.data.shape[1]
         codes = self.data.view(-1, elements)[runs].reshape(-1, columns)
-        return EightBit(codes, self.scales.view(-1, elements // columns)[runs].reshape(-1))
+        picked = EightBit(codes, self.scales.view(-1, elements // columns)[runs].reshape(-1))
+        picked.read(0, out.numel(), out)
 
     def clone(self) -> EightBit:
         """A copy to write to."""
@@ -264,9 +299,9 @@ class Plain:
         """See `FourBit.read`."""
         out.view(-1).copy_(self.data.view(-1)[start:stop])
 
-    def gather(self, runs: Tensor, elements: int) -> Plain:
-        """See `FourBit.gather`."""
-        return Plain(self.data.view(-1, elements)[runs])
+    def read_runs(self, runs: Tensor, elements: int, out: Tensor) -> None:
+        """See `FourBit.read_runs`."""
+        out.view(-1).copy_(self.data.view(-1, elements)[runs].view(-1))
 
     def clone(self) -> Plain:
         """A copy to write to."""

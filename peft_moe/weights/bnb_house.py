@@ -80,6 +80,10 @@ class JoinedFourBit(FourBit):
         super().__init__(data, state)
         self._offsets = offsets
 
+    def _shifts(self) -> tuple[Tensor, int]:
+        assert self._offsets is not None
+        return self._offsets, self.state.absmax.numel() // self._offsets.numel()
+
     def _shift(self, scales: Tensor, first: int) -> Tensor:
         assert self._offsets is not None
         size = self.state.absmax.numel() // self._offsets.numel()

@@ -11,7 +11,8 @@ weights are merged into 16 bits (`densify`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 import torch
@@ -57,6 +58,7 @@ class _Piece4:
     rows: slice
     plain_transposed: bool  # how the plain weight lies; the packed one is always `(out, in)`
     expert: int | None = None
+    _table: Tensor | None = field(default=None, repr=False)
 
     @property
     def transposed(self) -> bool:
@@ -101,8 +103,19 @@ class _Piece4:
         return values.view(*scales.shape[:2], -1)
 
     def dequantize_into(self, out: Tensor, experts: Tensor | None = None) -> bool:
-        """There is no kernel for FP4 yet."""
-        return False
+        """One pass over the codes on a GPU: `out (E', rows, cols)` gets these experts, or all."""
+        if not self.packed or out.device.type != "cuda" or not out.is_contiguous() or out.dtype == torch.float64:
+            return False
+        blocks, scales = (one.detach().contiguous() for one in self.parameters)
+        if find_spec("triton") is None:
+            return False
+        from ..ops.triton.four_bit import dequantize_4bit
+
+        if self._table is None or self._table.device != out.device:
+            self._table = torch.tensor(E2M1, dtype=torch.float32, device=out.device)
+        scales = scales.view(torch.uint8) if scales.element_size() == 1 else decode_scale(scales).float()
+        dequantize_4bit(blocks.view(torch.uint8), scales, self._table, 32, out, runs=experts, low_first=True)
+        return True
 
     def densify(self, dtype: torch.dtype) -> None:
         count = self.parameters[0].shape[0]

@@ -147,3 +147,43 @@ def test_products_on_codes(rows: int, columns: int, kind: torch.dtype, transpose
         one = x[start:end].double()
         expected = one @ dense[expert].mT + 2 * (one @ a[expert].double().mT) @ b[expert].double().mT
         assert (out[start:end].double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", ["plain", "nested", "exponents"])
+@pytest.mark.parametrize("size", [32, 128, 4096])
+def test_four_bits(size: int, kind: str, dtype: torch.dtype) -> None:
+    """Element by element in float64: all blocks, those from one on, and runs that an index picks."""
+    from peft_moe.ops.triton.four_bit import Nested, dequantize_4bit
+
+    generator = torch.Generator().manual_seed(size)
+    runs, blocks = 4, 6  # of four experts
+    codes = torch.randint(0, 256, (runs * blocks * size // 2,), generator=generator, dtype=torch.uint8)
+    table = torch.randn(16, generator=generator)
+    low_first = kind == "exponents"
+    nested = None
+    if kind == "plain":
+        scales = torch.rand(runs * blocks, generator=generator) + 0.5
+        factor = scales
+    elif kind == "exponents":
+        scales = torch.randint(110, 140, (runs * blocks,), generator=generator, dtype=torch.uint8)
+        factor = torch.exp2(scales.double() - 127)
+    else:
+        scales = torch.randint(0, 256, (runs * blocks,), generator=generator, dtype=torch.uint8)
+        outer = torch.rand(runs * blocks // 3, generator=generator) + 0.5
+        nested = Nested(torch.randn(256, generator=generator), outer, 3, torch.randn(2, generator=generator), 12)
+        factor = nested.table[scales.long()] * outer.repeat_interleave(3) + nested.offsets.repeat_interleave(12)
+    halves = (codes & 15, codes >> 4) if low_first else (codes >> 4, codes & 15)
+    numbers = table.double()[torch.stack(halves, dim=-1).view(-1).long()]
+    expected = numbers * factor.double().repeat_interleave(size)
+
+    def check_part(picked: torch.Tensor, first: int = 0, chosen: torch.Tensor | None = None) -> None:
+        out = torch.full((picked.numel(),), float("nan"), dtype=dtype)
+        dequantize_4bit(codes, scales, table, size, out, first, chosen, nested, low_first)
+        assert ((out.double() - picked).abs() <= 1.1 * torch.finfo(dtype).eps * picked.abs() + 1e-6).all()
+
+    check_part(expected)
+    check_part(expected[5 * size : 12 * size], first=5)
+    chosen = torch.tensor([2, 0, 2])
+    check_part(expected.view(runs, -1)[chosen].reshape(-1), chosen=chosen)

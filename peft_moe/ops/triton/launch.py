@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _versions: dict[tuple[Any, ...], Any] = {}
 
 
@@ -30,7 +31,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **con
     Args:
         kernel: a `triton.jit` function whose `tl.constexpr` parameters come last.
         arguments: tensors, integers, floats and `None`. constants: the constexprs in the kernel's order, then
-        `num_warps` and `num_stages`.
+            options of the compiler.
     """
     device = arguments[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -44,6 +45,6 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **con
         if hasattr(version, "packed_metadata"):  # not what the interpreter returns
             _versions[key] = version
         return
-    constants.pop("num_warps", None)
-    constants.pop("num_stages", None)
+    for option in _OPTIONS:
+        constants.pop(option, None)
     version[(*grid, 1, 1)[:3]](*arguments, *constants.values())
