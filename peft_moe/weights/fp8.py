@@ -68,6 +68,11 @@ class FP8Piece:
     halves: bool = False
     _grids: dict[Any, Grid] = field(default_factory=dict, repr=False)
     _indices: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    _scaled: tuple[Any, ScaledStack | None] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies: their tensors lie elsewhere."""
+        return vars(self) | {"_scaled": None}
 
     @property
     def tensor(self) -> Tensor:
@@ -211,8 +216,17 @@ class FP8Piece:
 
         `None` where the weight is not FP8, or the scales do not lie in equal blocks over all of an expert's rows.
         """
-        if not self.packed or self.tensor.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        tensor = self.tensor
+        if tensor.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
             return None
+        scale = self.scale
+        # Views of the same memory are what they were; scales in another dtype are decoded for each call.
+        key = (tensor.data_ptr(), scale.data_ptr(), tensor.shape, scale.shape, tensor.dtype, scale.dtype, experts)
+        if self._scaled is None or self._scaled[0] != key or scale.dtype != torch.float32:
+            self._scaled = (key, self._scaled_now(experts))
+        return self._scaled[1]
+
+    def _scaled_now(self, experts: int) -> ScaledStack | None:
         grid, codes, scales = self.grid(), self.codes, decode_scale(self.scales()).float()
         tensors = len(codes) // experts  # of each expert
         rows = codes.shape[1]

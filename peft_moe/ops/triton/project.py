@@ -114,20 +114,21 @@ def _large_shared_memory(device: torch.device) -> bool:
 _LARGE = ((9, 0), (10, 0), (10, 3))
 
 
-def _tiles(rows: int, experts: int, columns: int, wide: bool) -> dict[str, int]:
-    """Tile sizes by the mean number of rows of an expert; `benchmarks/pieces.py --sweep` measures them.
-
-    Args: wide: whether registers and shared memory hold tiles of 128 x 256.
-    """
+def _tiles(rows: int, experts: int, columns: int, device: torch.device, scaled: bool) -> dict[str, int]:
+    """Tile sizes by the mean number of rows of an expert; `benchmarks/pieces.py --sweep` measures them."""
     mean = rows / experts
     if columns <= 64:  # LoRA A by itself
         width = max(16, 1 << (columns - 1).bit_length())
         return {"ROWS": 128 if mean > FEW_ROWS else 32, "COLUMNS": width, "STEP": 64, "num_warps": 4, "num_stages": 4}
     if mean <= 16:
         return {"ROWS": 16, "COLUMNS": 128, "STEP": _LONGEST_STEP, "num_warps": 4, "num_stages": 3}
+    if scaled:  # codes become 16-bit in registers, of which large tiles leave none
+        if mean <= 24:
+            return {"ROWS": 32, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 4}
+        return {"ROWS": 64, "COLUMNS": 64, "STEP": 64, "num_warps": 4, "num_stages": 4}
     if mean <= FEW_ROWS:
         return {"ROWS": 64, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 4}
-    if wide:
+    if _large_shared_memory(device):
         return {"ROWS": 128, "COLUMNS": 256, "STEP": 64, "num_warps": 8, "num_stages": 4}
     return {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 8, "num_stages": 2}
 
@@ -204,7 +205,7 @@ def _launch(
         low = torch.empty(rows, a.shape[1], dtype=x.dtype, device=x.device)
     if rows == 0:
         return out, low
-    chosen = tiles or _tiles(rows, experts, n_size, scales is None and _large_shared_memory(x.device))
+    chosen = tiles or _tiles(rows, experts, n_size, x.device, scales is not None)
     row_tiles = rows // chosen["ROWS"] + min(experts, rows)
     grid = (row_tiles * -(-n_size // chosen["COLUMNS"]),)
     a_strides = (0, 0, 0) if a is None else a.stride()
