@@ -110,7 +110,7 @@ def _config(adapter: NativeAdapter, ranks: dict[str, tuple[int, float]]) -> dict
     if taken:
         raise ValueError(
             f"adapter {adapter.name!r}: it adapts linears called {', '.join(taken)}, which stock PEFT takes for "
-            "experts of a transformers 4 adapter when it reads them on this architecture. Adapt other linears, or merge it."
+            "experts of a transformers 4 adapter when it reads them on this architecture. Adapt others, or merge it."
         )
     return config_dict(config)
 
