@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from . import stock
+from . import per_expert, stock, unsloth
 from .foreign import ForeignAdapter
 from .plan import Format
 
 #: In the order in which `format="auto"` asks them: the more particular ones first.
-FORMATS: tuple[Format, ...] = (stock.FORMAT,)
+FORMATS: tuple[Format, ...] = (stock.FORMAT, unsloth.FORMAT, per_expert.FORMAT)
 
 
 def find_format(name: str, doing: str) -> Format:
@@ -30,7 +30,7 @@ def detect(adapter: ForeignAdapter) -> Format:
         raise ValueError(
             f"{adapter.folder}: no format of experts recognises this adapter (peft_type "
             f"{adapter.config.get('peft_type')!r}, target_parameters {adapter.config.get('target_parameters')!r}, keys "
-            f"such as {sample}). Name its format with `format=`, one of "
+            f"such as {sample}). A LoRA of linears alone needs no conversion; else name its format with `format=`, one of "
             f"{', '.join(sorted(one.name for one in FORMATS if one.read is not None))}."
         )
     if len(found) > 1:
