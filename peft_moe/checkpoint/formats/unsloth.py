@@ -65,8 +65,8 @@ def read(adapter: ForeignAdapter, assume_layout: str | None = None) -> Converted
     raise ValueError(
         f"adapter {adapter.name!r}: its config has no `{MARK}`, and nothing else in an adapter or its base tells the "
         "order of lora_B. Unsloth wrote 'contiguous_r' until September 2026, when its files began to have that mark; "
-        "PEFT without Unsloth always writes 'expert_fastest'. Say which with `assume_layout=` (`--assume-layout`); if you "
-        f"do not know, convert it both ways: the wrong one has a clearly higher loss on the training data.{hint}"
+        "PEFT without Unsloth always writes 'expert_fastest'. Say which with `assume_layout=` (`--assume-layout`); if "
+        f"you do not know, convert it both ways: the wrong one has a clearly higher loss on the training data.{hint}"
     )
 
 
