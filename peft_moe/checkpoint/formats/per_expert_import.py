@@ -13,6 +13,7 @@ from ...layouts import ExpertsSpec, ProjectionSpec, find_experts
 from .. import native
 from . import record
 from .foreign import ForeignAdapter
+from .fuse import same_bits
 from .pairs import Found, Pair, to_native
 from .plan import Converted
 from .stock_import import check_lora, rank_and_scaling
@@ -206,7 +207,7 @@ def _join(gate: Pair, up: Pair, kind: str | None, split: bool) -> Pair:
         if factor == "lora_A":
             if split:
                 return torch.cat((one, other), dim=1)
-            if not torch.equal(one, other):
+            if not same_bits(one, other):
                 raise ValueError(f"{gate.module}: gate and up have an A each")
             return one
         made = one.new_zeros(one.shape[0], out_features, 2 * rank if split else rank)
