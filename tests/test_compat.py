@@ -320,6 +320,19 @@ def test_weight_conversions():
         assert name in source, moved("transformers.core_model_loading", "", name)
 
 
+@pytest.mark.skipif(not ON_V5, reason="PEFT converts configs on transformers 5")
+def test_linears_that_peft_takes_for_experts():
+    from peft_moe.compat import targets_taken_for_experts
+
+    model = ENTRIES["deepseek_v3"].build()
+    plain = LoraConfig(target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    taken = LoraConfig(target_modules=["q_proj", "gate_proj", "up_proj"], target_parameters=["experts.down_proj"])
+    what = "convert_peft_config_for_transformers"
+    assert targets_taken_for_experts(plain, model) == [], moved("peft.utils", what, "what it leaves alone")
+    assert targets_taken_for_experts(taken, model) == ["gate_proj", "up_proj"], moved("peft.utils", what, "its targets")
+    assert taken.target_modules == {"q_proj", "gate_proj", "up_proj"}, "the config itself was changed"
+
+
 # --- nothing private elsewhere -------------------------------------------------------------------------------------
 
 # Without an underscore and documented, or checked above.

@@ -116,24 +116,26 @@ def test_an_error_inside_is_no_traceback_either(
 # --- convert, quantize, doctor ----------------------------------------------------------------------------------------
 
 
-def test_convert_calls_the_converters(
-    folder: Path,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls: list[Any] = []
-    for name in ("export_adapter", "import_adapter"):
-        monkeypatch.setattr(
-            peft_moe, name, lambda *args, name=name, **options: calls.append((name, args, options)), raising=False
-        )
-    source, target = str(folder / "adapter"), str(folder / "new")
-    assert result("convert", source, target, "--to", "vllm") == {"path": target, "format": "vllm"}
-    result("convert", source, target)
-    result("convert", source, target, "--from", "unsloth", "--assume-layout", "contiguous_r")
-    assert calls == [
-        ("export_adapter", (source, target), {"format": "vllm"}),
-        ("import_adapter", (source, target), {"format": "auto"}),
-        ("import_adapter", (source, target), {"format": "unsloth", "assume_layout": "contiguous_r"}),
-    ]
+def test_convert(folder: Path) -> None:  # noqa: F811
+    """To another tool and back; what the options of the command say arrives."""
+    stacked = ENTRIES["qwen3_moe"].kind == "stacked"
+    source, target, back = folder / "adapter", folder / "new", folder / "back"
+    base = ["--base", folder / "base"]
+    format = "unsloth" if stacked else "peft-per-expert"
+    found = result("convert", source, target, "--to", format, *base)
+    assert found == {"path": str(target), "format": format}
+    shown = call("convert", target, back, *base)
+    assert shown.exit_code == 0 and str(back) in shown.output
+    first, second = (load_file(one / "adapter_model.safetensors") for one in (source, back))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert "exists" in result("convert", target, back, *base, code=3)["error"]
+    options = ["--from", format, "--assume-layout", "contiguous_r"]
+    found = result("convert", target, folder / "never", *options, *base, code=3)["error"]
+    assert ("contradicts" if stacked else "`assume_layout`: the format 'peft-per-expert'") in found
+    found = result("convert", target, folder / "never", "--to", "peft", "--from", format, code=3)["error"]
+    assert "convert it to native first" in found
+    assert "base='nowhere'" in result("convert", target, folder / "never", "--base", "nowhere", code=3)["error"]
+    assert not (folder / "never").exists()
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -277,7 +277,16 @@ def test_stock_expert_adapters_are_refused_with_the_way_out(tmp_path: Path) -> N
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text()) | {"peft_type": "LORA", "target_parameters": ["mlp.experts.down_proj"]}
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="peft-moe convert"):
+    way_out = r'import_adapter\(".*adapter", "<new folder>"\)`, or `peft-moe convert .*adapter <new folder>`'
+    with pytest.raises(ValueError, match=way_out):
+        merge(tmp_path)
+    # On linears of single experts: where the base has stacks there is nothing that they fit.
+    path.write_text(json.dumps(config | {"target_parameters": None, "target_modules": ["gate_proj"]}))
+    key = "base_model.model.model.layers.0.mlp.experts.7.gate_proj.lora_A.weight"
+    other = key.replace("lora_A", "lora_B")
+    file = path.with_name("adapter_model.safetensors")
+    save_file({key: torch.zeros(3, 64), other: torch.zeros(40, 3)}, file)
+    with pytest.raises(ValueError, match=f"experts.7.gate_proj.*If it was trained on lists.*{way_out}"):
         merge(tmp_path)
 
 
