@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,31 @@ from torch import Tensor
 from ...config import MoELoraConfig
 from ...layouts import ExpertsSpec, ProjectionSpec, find_experts
 from ...patterns import value_of
-from ...settings import nominal_scaling, resolve, scaling_of
+from ...settings import AdapterSettings, nominal_scaling, resolve, scaling_of
 from ...targets import targeted_experts
 from .. import native
 from ..tensor_file import TensorFile
 from .deltas import Change, ExpertFactors, ExpertsDelta, LinearDelta, Replaced
 
 _LINEAR = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.weight)?")
+
+
+@dataclass(frozen=True)
+class Targeted:
+    """An experts module that an adapter changes.
+
+    Attributes: name: its path. spec: how the model holds it. settings: what the adapter asks of it.
+        keys: `(slot, factor)` -> key in the file.
+    """
+
+    name: str
+    spec: ExpertsSpec
+    settings: AdapterSettings
+    keys: dict[tuple[str, str], str]
+
+    def projections(self) -> list[ProjectionSpec]:
+        """The adapted ones."""
+        return [one for one in self.spec.projections if one.name in self.settings.projections]
 
 
 class AdapterFiles:
@@ -61,7 +80,7 @@ class AdapterFiles:
         Raises `ValueError` naming the tensors that fit nothing, are missing, or would be used twice.
         """
         shapes = self.shapes()
-        changes, used = self._experts(model, shapes)
+        changes, used = self._experts(model)
         linears = {key: shape for key, shape in shapes.items() if key not in set(used)}
         known = model.state_dict()
         replaced: dict[str, Replaced] = {}
@@ -96,31 +115,44 @@ class AdapterFiles:
         alpha = value_of(self.config.alpha_pattern, path, self.config.lora_alpha)
         return scaling_of(self.config, alpha, rank)
 
-    def _experts(self, model: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Change], list[str]]:
+    def targeted(self, model: Any) -> list[Targeted]:
+        """The experts modules of a model that the adapter changes, each with its keys in the file.
+
+        Args: model: on the meta device.
+
+        Raises `ValueError` naming the tensors that are missing, that nothing takes, or whose shape is another.
+        """
         config = self.config
         if not isinstance(config, MoELoraConfig):
-            return {}, []
+            return []
         targets = targeted_experts(model, config, find_experts(model))
+        settings = {name: resolve(config, spec, name) for name, spec in targets.items()}
         expected: dict[str, tuple[int, ...]] = {}
         for name, spec in targets.items():
-            expected |= native.expected_shapes(name, spec, resolve(config, spec, name))
-        keys = native.check_shapes(shapes, expected, self.name)
-        changes: dict[str, Change] = {}
-        cache: dict[ExpertFactors, Any] = {}
+            expected |= native.expected_shapes(name, spec, settings[name])
+        keys = native.check_shapes(self.shapes(), expected, self.name)
+        found = []
         for name, spec in targets.items():
-            settings = resolve(config, spec, name)
-            for projection in spec.projections:
-                if projection.name not in settings.projections:
-                    continue
-                mine = {
-                    (slot, factor): keys[f"{native.PREFIX}{name}.{slot}.{factor}"]
-                    for slot in settings.slots(projection)
-                    for factor in settings.shapes(projection, slot, spec.num_experts)
-                }
-                scaling = nominal_scaling(config)
-                one = ExpertFactors(self.tensors, mine, settings, projection, scaling, spec.num_experts, cache)
-                changes |= _parameters(model, name, spec, projection, one)
-        return changes, list(keys.values())
+            wanted = native.expected_shapes(name, spec, settings[name])
+            mine = {native.split_expert_key(one)[1:]: keys[one] for one in wanted}
+            found.append(Targeted(name, spec, settings[name], mine))
+        return found
+
+    def _experts(self, model: Any) -> tuple[dict[str, Change], list[str]]:
+        changes: dict[str, Change] = {}
+        used: list[str] = []
+        cache: dict[ExpertFactors, Any] = {}
+        for one in self.targeted(model):
+            for projection in one.projections():
+                slots = one.settings.slots(projection)
+                mine = {where: key for where, key in one.keys.items() if where[0] in slots}
+                used += mine.values()
+                scaling = nominal_scaling(self.config)
+                made = ExpertFactors(
+                    self.tensors, mine, one.settings, projection, scaling, one.spec.num_experts, cache
+                )  # fmt: skip
+                changes |= _parameters(model, one.name, one.spec, projection, made)
+        return changes, used
 
 
 def _parameters(

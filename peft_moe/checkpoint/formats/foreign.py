@@ -1,0 +1,84 @@
+"""An adapter of another tool on disk: its config as it is written, its tensors by key."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from ...config import MoELoraConfig
+from ..merge.source import adapter_folder
+from ..tensor_file import TensorFile
+from .base import Base, missing_base
+from .plan import Planned
+
+_OURS = {one.name for one in dataclasses.fields(MoELoraConfig)}
+_OF_LORA = {one.name for one in dataclasses.fields(LoraConfig)}
+_NOT_TAKEN = {"peft_type", "peft_version", "target_parameters"}
+
+
+class ForeignAdapter:
+    """An adapter folder of any kind.
+
+    Attributes: folder, name, tensors: its files. config: its `adapter_config.json`, unchecked. base: or `None`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = adapter_folder(path)
+        self.name = self.folder.name
+        self.config = _read_config(self.folder / "adapter_config.json")
+        self.tensors = TensorFile(self.folder / "adapter_model.safetensors")
+        self.base: Base | None = None
+
+    @property
+    def stated_base(self) -> str | None:
+        """The base that its config names."""
+        found = self.config.get("base_model_name_or_path")
+        return found if isinstance(found, str) else None
+
+    def require_base(self, reason: str) -> Base:
+        """The base. Raises `ValueError` with the reason and the option that names it if it is not here."""
+        if self.base is None:
+            raise missing_base(self.name, self.stated_base, reason)
+        return self.base
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of a tensor."""
+        return self.tensors.entries[key].shape
+
+    def copied(self, key: str, new: str | None = None) -> Planned:
+        """A tensor as it is, under its own name or a new one."""
+        entry = self.tensors.entries[key]
+        return Planned(new or key, entry.code, entry.shape, lambda: self.tensors.read(key))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise ValueError(f"{path}: found {type(found).__name__}, expected an object of options")
+    return found
+
+
+def native_config(foreign: Mapping[str, Any], **fields: Any) -> MoELoraConfig:
+    """A native config with everything of another one that holds for it, and what is given besides.
+
+    Raises `ValueError` for values that are wrong, naming the option.
+    """
+    known = _OURS if foreign.get("peft_type") == "MOELORA" else _OF_LORA
+    taken = {key: value for key, value in foreign.items() if key in known - _NOT_TAKEN}
+    return MoELoraConfig(**(taken | fields))
+
+
+def config_dict(config: LoraConfig) -> dict[str, Any]:
+    """A config as its `save_pretrained` writes it; sets sorted."""
+    found = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    for key in ("peft_type", "task_type"):
+        found[key] = getattr(found[key], "value", found[key])
+    return found

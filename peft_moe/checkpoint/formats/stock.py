@@ -1,0 +1,16 @@
+"""Stock PEFT: `LORA` with `target_parameters`."""
+
+from __future__ import annotations
+
+from .foreign import ForeignAdapter
+from .plan import Format
+from .stock_export import CONSUMER, export
+
+
+def _recognises(adapter: ForeignAdapter) -> str | None:
+    if adapter.config.get("peft_type") == "LORA" and adapter.config.get("target_parameters"):
+        return "peft_type LORA with target_parameters"
+    return None
+
+
+FORMAT = Format("peft", CONSUMER, export=export, recognises=_recognises)
