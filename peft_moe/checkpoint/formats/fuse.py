@@ -50,14 +50,37 @@ def scaled(value: Tensor, ratio: Tensor | None) -> Tensor:
 
 
 def scaled_dtype(dtype: torch.dtype, ratio: Tensor | None) -> torch.dtype:
-    """Where 16 bits would round a product they become fp32; powers of two round nothing but the smallest numbers."""
-    if ratio is None or dtype in (torch.float32, torch.float64) or _powers_of_two(ratio):
+    """Twice as wide: the dtype of the file would round the products, and its numbers could not be had back."""
+    if ratio is None:
         return dtype
-    return torch.float32
+    return torch.float32 if dtype.itemsize < 4 else torch.float64
 
 
-def _powers_of_two(ratio: Tensor) -> bool:
-    return all(abs(math.frexp(float(one))[0]) == 0.5 and 2**-4 <= abs(one) <= 2**4 for one in ratio.flatten())
+def full_factor(one: ExpertsAdapter, projection: ProjectionSpec, count: int, factor: str) -> Tensor:
+    """`fused` for `count` experts: zeros where there is no adapter, scalings relative to the first folded into B."""
+    value = one.spread(fused(one, projection, factor))
+    if factor == "lora_B":
+        ratio = relative_scaling(one)
+        value = scaled(value, None if ratio is None else one.spread(ratio))
+    missing = count - value.shape[0]  # experts at the end of a stack that have no weights of their own
+    return value if not missing else torch.cat((value, value.new_zeros(missing, *value.shape[1:])))
+
+
+def full_dtype(one: ExpertsAdapter, projection: ProjectionSpec, factor: str) -> torch.dtype:
+    """The dtype of `full_factor`."""
+    dtypes = [one.dtype(slot, factor) for slot in one.settings.slots(projection)]
+    if len(set(dtypes)) > 1:
+        raise ValueError(
+            f"{one.name}.{projection.name}: its halves are in {' and '.join(map(str, dtypes))}; save it in one"
+        )
+    return scaled_dtype(dtypes[0], relative_scaling(one)) if factor == "lora_B" else dtypes[0]
+
+
+def alpha_for(scaling: float, rank: int, rslora: bool) -> float:
+    """The alpha that gives a scaling at a rank; an integer where it is one but for rounding."""
+    found = scaling * (math.sqrt(rank) if rslora else rank)
+    near = round(found)
+    return near if near and math.isclose(found, near, rel_tol=1e-12) else found
 
 
 def linears(one: ExpertsAdapter, projection: ProjectionSpec) -> dict[str, tuple[str, slice]]:

@@ -15,10 +15,9 @@ from ...config import MoELoraConfig
 from ...layouts import ProjectionSpec
 from ...settings import nominal_scaling, resolve
 from .. import native
-from ..merge.binding import AdapterFiles, Targeted
+from ..merge.binding import AdapterFiles, Targeted, targeted_by
 from ..merge.source import adapter_folder
 from ..shapes import modules_of, spec_of
-from ..tensor_file import TensorFile
 from .base import Base, missing_base
 from .plan import Planned
 
@@ -28,12 +27,13 @@ class ExpertsAdapter(Targeted):
     """The adapter of one experts module.
 
     Attributes, besides those of `Targeted`:
-        tensors: the file. nominal: scaling of the adapter's linears, to which that of the experts is relative.
+        tensors: the file, or what reads like a `TensorFile`.
+        nominal: scaling of the adapter's linears, to which that of the experts is relative.
         module: of the base, on the meta device; `None` without a base. Then `spec` is what shapes tell: experts behind
             the last adapted one, biases, orientation, and where gate and up lie in a fused projection are unknown.
     """
 
-    tensors: TensorFile
+    tensors: Any
     nominal: float
     module: Any = None
 
@@ -83,6 +83,17 @@ class ExpertsAdapter(Targeted):
             return value
         zeros = value.new_zeros(self.spec.num_experts, *value.shape[1:])
         return zeros.index_copy_(0, torch.tensor(self.settings.experts), value)
+
+
+def bind(config: MoELoraConfig, shapes: dict[str, tuple[int, ...]], model: Any, adapter: str) -> list[Targeted]:
+    """The experts modules that a native adapter changes. Raises `ValueError` if any of its tensors does not fit.
+
+    Args: shapes: of its file. model: on the meta device. adapter: its name, for messages.
+    """
+    found = targeted_by(config, shapes, model, adapter)
+    used = {key for one in found for key in one.keys.values()}
+    native.check_linears({key: shape for key, shape in shapes.items() if key not in used}, model, config, adapter)
+    return found
 
 
 class NativeAdapter:
@@ -135,11 +146,7 @@ class NativeAdapter:
         return Planned(new or key, entry.code, entry.shape, lambda: self.tensors.read(key))
 
     def _bind(self, model: Any) -> list[Targeted]:
-        found = self.files.targeted(model)
-        used = {key for one in found for key in one.keys.values()}
-        linears = {key: shape for key, shape in self.files.shapes().items() if key not in used}
-        native.check_linears(linears, model, self.config, self.name)
-        return found
+        return bind(self.config, self.files.shapes(), model, self.name)
 
     def _from_shapes(self, name: str, keys: dict[tuple[str, str], str]) -> Targeted:
         spec = spec_of(self.files, name, keys)

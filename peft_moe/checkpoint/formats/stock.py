@@ -5,6 +5,7 @@ from __future__ import annotations
 from .foreign import ForeignAdapter
 from .plan import Format
 from .stock_export import CONSUMER, export
+from .stock_import import read
 
 
 def _recognises(adapter: ForeignAdapter) -> str | None:
@@ -13,4 +14,4 @@ def _recognises(adapter: ForeignAdapter) -> str | None:
     return None
 
 
-FORMAT = Format("peft", CONSUMER, export=export, recognises=_recognises)
+FORMAT = Format("peft", CONSUMER, export=export, read=read, recognises=_recognises)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from ...settings import scaling_of
 from .. import native as keys
 from . import record
 from .foreign import config_dict
-from .fuse import fused, fused_rank, relative_scaling, scaled, scaled_dtype
+from .fuse import alpha_for, full_dtype, full_factor, fused_rank
 from .native import ExpertsAdapter, NativeAdapter
 from .plan import Converted, Planned, planned
 from .refusals import check_plain
@@ -51,16 +50,6 @@ def export(adapter: NativeAdapter) -> Converted:
     return Converted(config, tensors, _usage(adapter.config), facts, record.of(adapter))
 
 
-def stock_factor(one: ExpertsAdapter, stack: Stack, factor: str) -> Tensor:
-    """`lora_A (E, r', in)` or `lora_B (E, out, r')` of all experts as stock PEFT has to have them."""
-    value = one.spread(fused(one, stack.projection, factor))
-    if factor == "lora_B":
-        ratio = relative_scaling(one)
-        value = scaled(value, None if ratio is None else one.spread(ratio))
-    extra = stack.shape[0] - value.shape[0]  # experts at the end of the stack that route to nothing
-    return value if not extra else torch.cat((value, value.new_zeros(extra, *value.shape[1:])))
-
-
 def _planned(one: ExpertsAdapter, stack: Stack, path: str, factor: str) -> Planned:
     swapped = stack.swapped(CURRENT)
     name = {"lora_A": "lora_B", "lora_B": "lora_A"}[factor] if swapped else factor
@@ -70,14 +59,12 @@ def _planned(one: ExpertsAdapter, stack: Stack, path: str, factor: str) -> Plann
         stack.projection.in_features if factor == "lora_A" else stack.projection.out_features,
     )
     shape = (experts * rank, size) if name == "lora_A" else (size, rank * experts)
-    dtype = one.dtype(one.settings.slots(stack.projection)[0], factor)
-    if factor == "lora_B":
-        dtype = scaled_dtype(dtype, relative_scaling(one))
+    dtype = full_dtype(one, stack.projection, factor)
     return planned(f"{keys.PREFIX}{path}.{name}.weight", shape, dtype, partial(_make, one, stack, factor, swapped))
 
 
 def _make(one: ExpertsAdapter, stack: Stack, factor: str, swapped: bool) -> Tensor:
-    return to_stock(stock_factor(one, stack, factor), factor, swapped)[1]
+    return to_stock(full_factor(one, stack.projection, stack.shape[0], factor), factor, swapped)[1]
 
 
 def _config(adapter: NativeAdapter, ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:
@@ -85,7 +72,7 @@ def _config(adapter: NativeAdapter, ranks: dict[str, tuple[int, float]]) -> dict
     rank_pattern, alpha_pattern = dict(ours.rank_pattern or {}), dict(ours.alpha_pattern or {})
     new_ranks, new_alphas = {}, {}
     for pattern, (rank, scaling) in _grouped(adapter, ranks):
-        alpha = _alpha(scaling, rank, ours.use_rslora)
+        alpha = alpha_for(scaling, rank, ours.use_rslora)
         for name in (name for name in ranks if re.fullmatch(rf"(.*\.)?({pattern})", name)):
             if value_of(rank_pattern, name, ours.r) != rank:
                 new_ranks[pattern] = rank
@@ -125,12 +112,6 @@ def _grouped(adapter: NativeAdapter, ranks: dict[str, tuple[int, float]]) -> Ite
             yield re.escape(ending), ranks[names[0]]
         else:
             yield from ((re.escape(name), ranks[name]) for name in names)
-
-
-def _alpha(scaling: float, rank: int, rslora: bool) -> float:
-    found = scaling * (math.sqrt(rank) if rslora else rank)
-    near = round(found)
-    return near if near and math.isclose(found, near, rel_tol=1e-12) else found
 
 
 def _targets(adapter: NativeAdapter, names: list[str]) -> list[str]:

@@ -41,6 +41,26 @@ class Targeted:
         return [one for one in self.spec.projections if one.name in self.settings.projections]
 
 
+def targeted_by(config: LoraConfig, shapes: dict[str, tuple[int, ...]], model: Any, adapter: str) -> list[Targeted]:
+    """The experts modules of a model that an adapter changes, each with its keys in the file.
+
+    Args: shapes: of the file. model: on the meta device. adapter: its name, for messages.
+
+    Raises `ValueError` naming the tensors that are missing, that nothing takes, or whose shape is another.
+    """
+    if not isinstance(config, MoELoraConfig):
+        return []
+    targets = targeted_experts(model, config, find_experts(model))
+    settings = {name: resolve(config, spec, name) for name, spec in targets.items()}
+    wanted = {name: native.expected_shapes(name, spec, settings[name]) for name, spec in targets.items()}
+    expected = {key: shape for one in wanted.values() for key, shape in one.items()}
+    keys = native.check_shapes(shapes, expected, adapter)
+    return [
+        Targeted(name, spec, settings[name], {native.split_expert_key(key)[1:]: keys[key] for key in wanted[name]})
+        for name, spec in targets.items()
+    ]
+
+
 class AdapterFiles:
     """An adapter on disk.
 
@@ -116,27 +136,8 @@ class AdapterFiles:
         return scaling_of(self.config, alpha, rank)
 
     def targeted(self, model: Any) -> list[Targeted]:
-        """The experts modules of a model that the adapter changes, each with its keys in the file.
-
-        Args: model: on the meta device.
-
-        Raises `ValueError` naming the tensors that are missing, that nothing takes, or whose shape is another.
-        """
-        config = self.config
-        if not isinstance(config, MoELoraConfig):
-            return []
-        targets = targeted_experts(model, config, find_experts(model))
-        settings = {name: resolve(config, spec, name) for name, spec in targets.items()}
-        expected: dict[str, tuple[int, ...]] = {}
-        for name, spec in targets.items():
-            expected |= native.expected_shapes(name, spec, settings[name])
-        keys = native.check_shapes(self.shapes(), expected, self.name)
-        found = []
-        for name, spec in targets.items():
-            wanted = native.expected_shapes(name, spec, settings[name])
-            mine = {native.split_expert_key(one)[1:]: keys[one] for one in wanted}
-            found.append(Targeted(name, spec, settings[name], mine))
-        return found
+        """The experts modules of a model that the adapter changes. See `targeted_by`."""
+        return targeted_by(self.config, self.shapes(), model, self.name)
 
     def _experts(self, model: Any) -> tuple[dict[str, Change], list[str]]:
         changes: dict[str, Change] = {}
