@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from . import stock
+from . import sglang, stock, vllm
 from .foreign import ForeignAdapter
 from .plan import Format
 
 #: In the order in which `format="auto"` asks them: the more particular ones first.
-FORMATS: tuple[Format, ...] = (stock.FORMAT,)
+FORMATS: tuple[Format, ...] = (vllm.FORMAT, sglang.FORMAT, stock.FORMAT)
 
 
 def find_format(name: str, doing: str) -> Format:

@@ -174,9 +174,7 @@ def _buffer(found: Any, shape: tuple[int, int], experts: int, one: bool) -> Tens
     return buffer
 
 
-def _linear(
-    module: str, pair: Pair, layer: int, facts: ModelFacts, rank: int, scaling: float
-) -> dict[str, Tensor]:
+def _linear(module: str, pair: Pair, layer: int, facts: ModelFacts, rank: int, scaling: float) -> dict[str, Tensor]:
     """Module of transformers -> delta; a stacked module gives one for each of its parts."""
     if set(pair) != {"A", "B"}:
         raise Refused(f"{module} has half a pair")
