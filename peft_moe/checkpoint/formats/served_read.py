@@ -6,6 +6,7 @@ where the file has them apart, experts and projections that are all zeros left o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -61,7 +62,9 @@ def _as_it_lies(file: ServedFile) -> Found:
         targets = {_target(leaf) for mine in shapes.values() for leaf, _ in mine}
         used = {path: torch.ones_like(one) for path, one in used.items()}
     some = not all(bool(one.all()) for one in used.values()) or _leaves_out(file)
-    indices = {path: one.nonzero().flatten().tolist() for path, one in used.items() if one.any()}
+    indices: dict[str, Sequence[int]] = {
+        path: one.nonzero().flatten().tolist() for path, one in used.items() if one.any()
+    }
     pairs = []
     for path, experts in indices.items():
         for leaf in {leaf for leaf, _ in shapes[path] if _target(leaf) in targets}:
@@ -73,7 +76,7 @@ def _as_it_lies(file: ServedFile) -> Found:
     return Found(pairs, file.others, indices=indices if some else None, fields=fields | _linear_targets(file))
 
 
-def _factor(file: ServedFile, path: str, leaf: str, experts: list[int], factor: str) -> Tensor:
+def _factor(file: ServedFile, path: str, leaf: str, experts: Sequence[int], factor: str) -> Tensor:
     return file.load(path)[leaf, factor][torch.tensor(experts)].contiguous()
 
 

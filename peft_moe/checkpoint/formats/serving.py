@@ -223,8 +223,8 @@ def _check_experts(one: ExpertsAdapter, consumer: str) -> None:
     names = [projection.name for projection in one.spec.projections]
     if names != ["gate_up_proj", "down_proj"] or one.spec.projections[0].gate is None:
         raise ValueError(
-            f"{one.name}: its experts have the projections {', '.join(names)}; for {consumer} experts with gate, up and "
-            "down are exported. Merge it instead (`peft_moe.merge_checkpoint`)."
+            f"{one.name}: its experts have the projections {', '.join(names)}; for {consumer} experts with gate, up "
+            "and down are exported. Merge it instead (`peft_moe.merge_checkpoint`)."
         )
 
 

@@ -32,9 +32,9 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 def export(adapter: NativeAdapter, layout: str = "per-expert", rank: int | None = None) -> Converted:
     """An adapter that SGLang serves.
 
-    Args: layout: "per-expert" (one pair of factors an expert and projection), "stacked" (one tensor for all experts), or
-        "shared-outer" (stacked, with the factors that experts share held once; for adapters with `share_experts`). All
-        adapters of one server have to be with shared factors, or all without. rank: see `Serving`.
+    Args: layout: "per-expert" (one pair of factors an expert and projection), "stacked" (one tensor for all experts),
+        or "shared-outer" (stacked, with the factors that experts share held once; for adapters with `share_experts`).
+        All adapters of one server have to be with shared factors, or all without. rank: see `Serving`.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
@@ -47,8 +47,8 @@ def export(adapter: NativeAdapter, layout: str = "per-expert", rank: int | None 
     _check_names(serving)
     if layout == "shared-outer" and any(one.settings.scaling is not None for one in adapter.modules):
         raise ValueError(
-            f"layout='shared-outer': experts of adapter {adapter.name!r} differ in alpha, which is folded into B, and B of "
-            "down is one for all. Use 'per-expert' or 'stacked'."
+            f"layout='shared-outer': experts of adapter {adapter.name!r} differ in alpha, which is folded into B, and "
+            "B of down is one for all. Use 'per-expert' or 'stacked'."
         )
     tensors = serving.linear_tensors()
     for one in adapter.modules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -59,8 +60,8 @@ def export(adapter: NativeAdapter, moe_format: str = "auto", rank: int | None = 
     if moe_format == "auto" and kind not in ARCHITECTURES:
         raise ValueError(
             f"{base.name}: what {CONSUMER} calls the experts of a {kind!r} is not known here (known: "
-            f"{', '.join(sorted(ARCHITECTURES))}). If it serves LoRA on them, say how it takes them: `moe_format=`'2d' or "
-            "'3d'; names are then those of transformers. Otherwise merge the adapter (`peft_moe.merge_checkpoint`)."
+            f"{', '.join(sorted(ARCHITECTURES))}). If it serves LoRA on them, say how it takes them, `moe_format=`'2d' "
+            "or '3d'; names are then those of transformers. Otherwise merge the adapter (`peft_moe.merge_checkpoint`)."
         )
     names = ARCHITECTURES.get(kind, Names(""))
     stacked = names.stacked if moe_format == "auto" else moe_format == "3d"
@@ -128,12 +129,14 @@ def _as_matrix(serving: Serving, one: ExpertsAdapter, leaf: str, factor: str) ->
 def _usage(adapter: NativeAdapter, serving: Serving, names: Names, stacked: bool) -> list[str]:
     base = adapter.config.base_model_name_or_path or "<base model>"
     rank = next((one for one in RANKS if one >= serving.rank), RANKS[-1])
-    native_stacks = names.stacked
-    extra = [] if stacked == native_stacks else [
-        "",
-        "Its experts are not in the form that vLLM takes by itself: start it with `--enable-mixed-moe-lora-format` and say",
-        f"`\"is_3d_lora_weight\": {str(stacked).lower()}` in `--lora-modules`.",
-    ]  # fmt: skip
+    extra = []
+    if stacked != names.stacked:
+        module = json.dumps({"name": "adapter", "path": "<this folder>", "is_3d_lora_weight": stacked})
+        extra = [
+            "",
+            "Its experts are not in the form that vLLM takes by itself: start it with `--enable-mixed-moe-lora-format` and",
+            f"`--lora-modules '{module}'`.",
+        ]
     return [
         "```console",
         f"$ vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter=<this folder>",

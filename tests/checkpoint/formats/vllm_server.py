@@ -28,11 +28,11 @@ NAMES: dict[str, tuple[tuple[tuple[str, str], ...], str, tuple[str, str, str]]] 
     "deepseek_v3": _PLAIN,
     "glm4_moe": _PLAIN,
     "mixtral": ((), "model.layers.{}.block_sparse_moe.experts", ("w1", "w2", "w3")),
-    "gpt_oss": (((".self_attn.", ".attn."),), "model.layers.{}.mlp.experts", ("", "", "")),
+    "gpt_oss": (((".self_attn.", ".attn."),), "model.layers.{}.mlp.experts", ("w1", "w2", "w3")),
     "qwen3_vl_moe": (
         (("model.language_model.", "language_model.model."),),
         "language_model.model.layers.{}.mlp.experts",
-        ("", "", ""),
+        ("gate_proj", "down_proj", "up_proj"),
     ),
 }
 
@@ -48,7 +48,6 @@ def serve(folder: Path, facts: ModelFacts, max_lora_rank: int = 512, force_2d: b
     loras = _modules(load_file(folder / "adapter_model.safetensors"), facts, three_d, scaling)
     served = Served()
     mapping, path, leaves = NAMES[facts.model_type]
-    leaves = leaves if all(leaves) else ("gate_proj", "down_proj", "up_proj")
     for layer in range(facts.layers):
         where = path.format(layer)
         found = _three_d(loras, where, facts) if three_d else _two_d(loras, where, facts, leaves)
@@ -103,7 +102,6 @@ def _modules(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Module of vLLM -> (A, B times the scaling): names first checked as when the file is opened."""
     mapping, _, leaves = NAMES[facts.model_type]
-    leaves = leaves if all(leaves) else ("gate_proj", "down_proj", "up_proj")
     expected = {name.rpartition(".")[2] for name in facts.linears}
     expected |= {"experts"} if three_d else {f"experts.{e}.{leaf}" for e in range(facts.experts) for leaf in leaves}
     halves: dict[str, dict[str, Tensor]] = {}
