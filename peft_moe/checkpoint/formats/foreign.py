@@ -73,7 +73,10 @@ def native_config(foreign: Mapping[str, Any], **fields: Any) -> MoELoraConfig:
     """
     known = _OURS if foreign.get("peft_type") == "MOELORA" else _OF_LORA
     taken = {key: value for key, value in foreign.items() if key in known - _NOT_TAKEN}
-    return MoELoraConfig(**(taken | fields))
+    try:
+        return MoELoraConfig(**(taken | fields))
+    except (TypeError, AttributeError) as error:  # a value of a kind that PEFT's own checks do not expect
+        raise ValueError(f"adapter_config.json: an option has a value of the wrong kind: {error}") from error
 
 
 def config_dict(config: LoraConfig) -> dict[str, Any]:

@@ -15,6 +15,11 @@ from ...layouts import ProjectionSpec
 from .native import ExpertsAdapter
 
 
+def target_of(slot: str) -> str:
+    """The name by which `target_experts` selects a slot."""
+    return "down_proj" if slot == "down_proj" else "gate_up_proj"
+
+
 def fused_rank(one: ExpertsAdapter, projection: ProjectionSpec) -> int:
     """The rank of a projection as one pair: twice the largest where gate and up have an A each."""
     return one.settings.rank * len(one.settings.slots(projection))

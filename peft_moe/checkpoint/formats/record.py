@@ -21,7 +21,7 @@ from ...settings import nominal_scaling, resolve
 from .. import native
 from ..header import DTYPES
 from .foreign import ForeignAdapter, config_dict, native_config
-from .fuse import full_factor, relative_scaling
+from .fuse import full_factor, fused, relative_scaling, target_of
 from .native import ExpertsAdapter, NativeAdapter
 from .plan import Converted, planned
 
@@ -90,7 +90,7 @@ def restore(adapter: ForeignAdapter, found: Found) -> Converted | None:
     tensors = [adapter.copied(key) for key in found.others]
     for name, mine in keys.items():
         try:
-            restored = _Restored(noted, name, mine, pairs[native.canonical(f".{name}.")])
+            restored = _Restored(noted, name, mine, pairs[native.canonical(f".{name}.")], found)
             if not restored.agrees():
                 return None
         except (ValueError, KeyError, IndexError, RuntimeError):  # of a note that somebody wrote by hand
@@ -108,11 +108,14 @@ class _Restored:
     Args: keys: `(slot, factor)` -> key, of the native file. pairs: slot -> pair, one a projection.
     """
 
-    def __init__(self, noted: Record, name: str, keys: dict[tuple[str, str], str], pairs: dict[str, Pair]) -> None:
+    def __init__(
+        self, noted: Record, name: str, keys: dict[tuple[str, str], str], pairs: dict[str, Pair], found: Found
+    ) -> None:
         self.noted, self.where, self.pairs = noted, {key: where for where, key in keys.items()}, pairs
+        self.indices, self.folded = found.indices.get(next(iter(pairs.values())).module), found.folded
         projections = tuple(
             ProjectionSpec(
-                slot, "down_proj" if slot == "down_proj" else "gate_up_proj", pair.out_features, pair.in_features, (),
+                slot, target_of(slot), pair.out_features, pair.in_features, (),
                 gate=noted.gates[name] if slot == "gate_up_proj" else None,
             )
             for slot, pair in sorted(pairs.items(), key=lambda item: item[0] == "down_proj")
@@ -120,6 +123,8 @@ class _Restored:
         spec = ExpertsSpec(noted.experts[name], projections, None)
         settings = resolve(noted.config, spec, name)
         self.adapter = ExpertsAdapter(name, spec, settings, keys, self, nominal_scaling(noted.config))
+        if self.indices not in (None, tuple(self.adapter.experts)):
+            raise ValueError("its experts are not those of its config")
         expected = native.expected_shapes(name, spec, settings)
         if {native.full_key(key): noted.tensors[key][1] for key in keys.values()} != expected:
             raise ValueError("its tensors are not those of its config")
@@ -135,8 +140,9 @@ class _Restored:
         settings = self.adapter.settings
         projection = next(one for one in self.adapter.projections() if slot in settings.slots(one))
         value = self.pairs[projection.name].read(factor)
-        ratio = relative_scaling(self.adapter) if factor == "lora_B" else None
-        value = value[list(self.adapter.experts)]
+        ratio = relative_scaling(self.adapter) if factor == "lora_B" and self.folded else None
+        if self.indices is None:
+            value = value[list(self.adapter.experts)]
         rank = settings.rank
         slots = settings.slots(projection)
         first = rank * slots.index(slot)
@@ -157,11 +163,16 @@ class _Restored:
         """Whether an export of these tensors gives those of the file, scaled as they are there."""
         for projection in self.adapter.projections():
             pair = self.pairs[projection.name]
-            wanted = self.adapter.scaling(0)
-            if abs(pair.scaling - wanted) > 1e-9 * abs(wanted):
-                return False
+            for position, expert in enumerate(self.adapter.experts):
+                wanted = self.adapter.scaling(0 if self.folded else position)
+                found = pair.scalings[expert if self.indices is None else position]
+                if abs(found - wanted) > 1e-9 * abs(wanted):
+                    return False
             for factor in ("lora_A", "lora_B"):
-                made = full_factor(self.adapter, projection, pair.experts, factor)
+                if self.folded:
+                    made = full_factor(self.adapter, projection, len(pair.ranks), factor)
+                else:
+                    made = fused(self.adapter, projection, factor)
                 value = pair.read(factor)
                 if made.dtype != value.dtype or not torch.equal(made, value):
                     return False

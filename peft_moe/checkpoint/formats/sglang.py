@@ -12,7 +12,7 @@ from .. import native as keys
 from .foreign import ForeignAdapter
 from .native import ExpertsAdapter, NativeAdapter
 from .plan import Converted, Format, Planned, planned
-from .served_read import marked_as, note, read_served
+from .served_read import note, read_served
 from .served_stacks import FACTORS, LINEARS
 from .serving import Serving
 
@@ -151,8 +151,6 @@ def read(adapter: ForeignAdapter) -> Converted:
 
 
 def _recognises(adapter: ForeignAdapter) -> str | None:
-    if marked_as(adapter, "sglang"):
-        return "written for SGLang by peft-moe"
     stacked = re.compile(r"\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj|w[123])\.lora_[AB]\.weight$")
     found = [key for key, one in adapter.tensors.entries.items() if stacked.search(key) and len(one.shape) == 3]
     return f"a stack of experts, {found[0]}" if found else None

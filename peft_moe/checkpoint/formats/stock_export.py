@@ -33,8 +33,14 @@ def export(adapter: NativeAdapter) -> Converted:
     Ranks that differ are padded with zeros, experts without an adapter get zeros, gate and up with an A each become
     one pair of twice the rank, and alphas that differ are folded into B.
     """
+    return convert(adapter, contiguous_r=False)
+
+
+def convert(adapter: NativeAdapter, contiguous_r: bool) -> Converted:
+    """See `export`. Args: contiguous_r: let the columns of `lora_B` lie expert after expert, which PEFT misreads."""
     check_plain(adapter, CONSUMER)
-    adapter.require_base("the order and the orientation of its expert parameters have to be known")
+    if adapter.modules:
+        adapter.require_base("the order and the orientation of its expert parameters have to be known")
     tensors = [adapter.copied(key) for key in adapter.others]
     ranks: dict[str, tuple[int, float]] = {}  # parameter -> rank, scaling
     for one in adapter.modules:
@@ -42,15 +48,15 @@ def export(adapter: NativeAdapter) -> Converted:
         targeted = [stack for stack in order if stack.projection.name in one.settings.projections]
         for depth, stack in enumerate(reversed(targeted)):
             path = one.name + ".base_layer" * depth
-            tensors += [_planned(one, stack, path, factor) for factor in ("lora_A", "lora_B")]
+            tensors += [_planned(one, stack, path, factor, contiguous_r) for factor in ("lora_A", "lora_B")]
             ranks[f"{one.name}.{stack.name}"] = (fused_rank(one, stack.projection), one.scaling(0))
     folded = any(one.settings.scaling is not None for one in adapter.modules)
     facts = ["alphas that differ between experts are folded into B"] if folded else []
     config = _config(adapter, ranks)
-    return Converted(config, tensors, _usage(adapter.config), facts, record.of(adapter))
+    return Converted(config, tensors, usage(adapter.config), facts, record.of(adapter))
 
 
-def _planned(one: ExpertsAdapter, stack: Stack, path: str, factor: str) -> Planned:
+def _planned(one: ExpertsAdapter, stack: Stack, path: str, factor: str, contiguous_r: bool) -> Planned:
     swapped = stack.swapped(CURRENT)
     name = {"lora_A": "lora_B", "lora_B": "lora_A"}[factor] if swapped else factor
     rank = fused_rank(one, stack.projection)
@@ -60,11 +66,12 @@ def _planned(one: ExpertsAdapter, stack: Stack, path: str, factor: str) -> Plann
     )
     shape = (experts * rank, size) if name == "lora_A" else (size, rank * experts)
     dtype = full_dtype(one, stack.projection, factor)
-    return planned(f"{keys.PREFIX}{path}.{name}.weight", shape, dtype, partial(_make, one, stack, factor, swapped))
+    return planned(f"{keys.PREFIX}{path}.{name}.weight", shape, dtype, partial(_make, one, stack, factor, contiguous_r))
 
 
-def _make(one: ExpertsAdapter, stack: Stack, factor: str, swapped: bool) -> Tensor:
-    return to_stock(full_factor(one, stack.projection, stack.shape[0], factor), factor, swapped)[1]
+def _make(one: ExpertsAdapter, stack: Stack, factor: str, contiguous_r: bool) -> Tensor:
+    value = full_factor(one, stack.projection, stack.shape[0], factor)
+    return to_stock(value, factor, stack.swapped(CURRENT), contiguous_r)[1]
 
 
 def _config(adapter: NativeAdapter, ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:
@@ -81,7 +88,7 @@ def _config(adapter: NativeAdapter, ranks: dict[str, tuple[int, float]]) -> dict
                 new_alphas[pattern] = alpha
     fields = {key: getattr(ours, key) for key in LoraConfig.__dataclass_fields__ if key != "peft_type"}
     fields |= {
-        "target_parameters": _targets(adapter, list(ranks)),
+        "target_parameters": _targets(adapter, list(ranks)) or None,
         "rank_pattern": new_ranks | rank_pattern,  # the first that matches counts
         "alpha_pattern": new_alphas | alpha_pattern,
         "init_lora_weights": True,
@@ -93,7 +100,7 @@ def _config(adapter: NativeAdapter, ranks: dict[str, tuple[int, float]]) -> dict
     if adapter.modules:
         fields["lora_dropout"] = 0.0  # stock PEFT refuses another one on parameters; it is for training alone
     config = LoraConfig(**fields)
-    taken = targets_taken_for_experts(config, adapter.model)
+    taken = [] if adapter.model is None else targets_taken_for_experts(config, adapter.model)
     if taken:
         raise ValueError(
             f"adapter {adapter.name!r}: it adapts linears called {', '.join(taken)}, which stock PEFT takes for "
@@ -116,12 +123,15 @@ def _grouped(adapter: NativeAdapter, ranks: dict[str, tuple[int, float]]) -> Ite
 
 def _targets(adapter: NativeAdapter, names: list[str]) -> list[str]:
     """The ends of the names where they match nothing else in the model, else whole names."""
+    if not names:
+        return []
     ends = {".".join(name.split(".")[-2:]) for name in names}
     matched = [one for one, _ in adapter.model.named_parameters() if one.endswith(tuple(f".{end}" for end in ends))]
     return sorted(ends if set(matched) == set(names) else names)
 
 
-def _usage(config: MoELoraConfig) -> list[str]:
+def usage(config: MoELoraConfig) -> list[str]:
+    """How stock PEFT loads what it is given."""
     base = config.base_model_name_or_path or "<base model>"
     return [
         "```python",

@@ -88,7 +88,8 @@ def _pair(adapter: ForeignAdapter, one: Wrapper, swapped: bool, contiguous_r: bo
         matrix = adapter.tensors.read(one.keys[files[factor]])
         return from_stock(matrix, files[factor], rank, swapped, contiguous_r)
 
-    return Pair(one.module, one.slot, experts, rank, scaling, in_features, out_features, dtypes, factor_of)
+    ranks, scalings = (rank,) * experts, (scaling,) * experts
+    return Pair(one.module, one.slot, ranks, scalings, in_features, out_features, dtypes, factor_of)
 
 
 def _dtype(adapter: ForeignAdapter, key: str) -> torch.dtype:
@@ -113,7 +114,7 @@ def _roles(adapter: ForeignAdapter, found: list[Wrapper], assume_layout: str | N
             )
         if one.sizes[0] != one.sizes[1]:
             answers[shape != one.sizes] = key
-    for name in {one.module for one in found}:
+    for name in dict.fromkeys(one.module for one in found) if not answers else ():
         answer = _by_both(adapter, [one for one in found if one.module == name])
         if answer is not None:
             answers[answer] = name
@@ -155,7 +156,7 @@ def _check_assumed(adapter: ForeignAdapter, found: list[Wrapper], layout: str | 
         if layout is not None and one.stack is not None and one.stack.swapped(layout) != answer:
             raise ValueError(
                 f"adapter {adapter.name!r}: {one.keys['lora_A']}: found shape {adapter.shape(one.keys['lora_A'])}, "
-                f"which assume_layout={layout!r} contradicts. Shapes tell the layout of this adapter: leave the option out."
+                f"which assume_layout={layout!r} contradicts. Shapes tell its layout: leave the option out."
             )
 
 

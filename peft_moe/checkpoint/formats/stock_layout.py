@@ -75,12 +75,17 @@ def stacks(name: str, spec: ExpertsSpec, module: Any) -> list[Stack]:
     return [found[one] for one, _ in module.named_parameters(recurse=False) if one in found]
 
 
-def to_stock(value: Tensor, factor: str, swapped: bool) -> tuple[str, Tensor]:
-    """`lora_A (E, r, in)` or `lora_B (E, out, r)` -> (factor of stock PEFT, matrix): see the module."""
+def to_stock(value: Tensor, factor: str, swapped: bool, contiguous_r: bool = False) -> tuple[str, Tensor]:
+    """`lora_A (E, r, in)` or `lora_B (E, out, r)` -> (factor of stock PEFT, matrix): see the module.
+
+    Args: contiguous_r: let the columns of B lie expert after expert.
+    """
     if swapped:
         value, factor = value.mT, "lora_B" if factor == "lora_A" else "lora_A"
     if factor == "lora_A":
         return factor, value.reshape(-1, value.shape[2])
+    if contiguous_r:
+        return factor, value.transpose(0, 1).reshape(value.shape[1], -1)
     return factor, value.permute(1, 2, 0).reshape(value.shape[1], -1)
 
 

@@ -50,6 +50,12 @@ def wrappers(adapter: ForeignAdapter) -> tuple[list[Wrapper], list[str]]:
             f"adapter {adapter.name!r}: no tensors of experts for target_parameters={targets}; expected keys such as "
             f"{native.PREFIX}model.layers.0.{targets[0].rpartition('.')[0] or 'mlp.experts'}.lora_A.weight"
         )
+    for target in targets:
+        if not any(_wanted(name, [target]) for name in groups):
+            raise ValueError(
+                f"adapter {adapter.name!r}: it adapts {target!r} of `target_parameters` too, which is no projection of "
+                "experts; the native format holds those, and linears by `target_modules`"
+            )
     if adapter.base is None:
         found = [one for name, group in groups.items() for one in _by_name(adapter, name, group, targets)]
     else:

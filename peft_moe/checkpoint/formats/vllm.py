@@ -13,7 +13,7 @@ from .. import native as keys
 from .foreign import ForeignAdapter
 from .native import ExpertsAdapter, NativeAdapter
 from .plan import Converted, Format, Planned, planned
-from .served_read import marked_as, note, read_served
+from .served_read import note, read_served
 from .served_stacks import FACTORS, LINEARS
 from .serving import RANKS, Serving
 from .stock_layout import to_stock
@@ -150,8 +150,5 @@ def read(adapter: ForeignAdapter) -> Converted:
     return read_served(adapter, "vllm")
 
 
-def _recognises(adapter: ForeignAdapter) -> str | None:
-    return "written for vLLM by peft-moe" if marked_as(adapter, "vllm") else None
-
-
-FORMAT = Format("vllm", CONSUMER, export=export, read=read, recognises=_recognises)
+#: No keys are of this format alone: a file is recognised by the note of its export, or named.
+FORMAT = Format("vllm", CONSUMER, export=export, read=read)

@@ -20,6 +20,8 @@ from .. import native
 from ..tensor_file import TensorFile
 from .deltas import Change, ExpertFactors, ExpertsDelta, LinearDelta, Replaced
 
+_CONVERT = '`peft_moe.import_adapter("{folder}", "<new folder>")`, or `peft-moe convert {folder} <new folder>`'
+_OF_EXPERT = re.compile(r"\.experts\.\d+\.\w+\.lora_")
 _LINEAR = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.weight)?")
 
 
@@ -80,7 +82,7 @@ class AdapterFiles:
         if getattr(self.config, "target_parameters", None) and not stock:
             raise ValueError(
                 f"{folder} is an adapter of PEFT's `target_parameters`, whose experts lie in another layout. Convert "
-                "it first: `peft_moe.import_adapter(src, dst)`, or `peft-moe convert`."
+                f"it first: {_CONVERT.format(folder=folder)}."
             )
         for option in ("trainable_token_indices", "layer_replication"):
             if getattr(self.config, option, None):
@@ -123,7 +125,7 @@ class AdapterFiles:
             one = changes.setdefault(parameter, new)
             if isinstance(one, LinearDelta):
                 one.instead = new
-        _check_used(shapes, used, self.name)
+        _check_used(shapes, used, self.folder)
         native.check_linears(linears, model, self.config, self.name)
         for parameter, change in changes.items():
             _check_value(change, parameter, known[parameter], shapes, self.name)
@@ -175,15 +177,17 @@ def _parameters(
     return found
 
 
-def _check_used(shapes: dict[str, tuple[int, ...]], used: list[str], adapter: str) -> None:
+def _check_used(shapes: dict[str, tuple[int, ...]], used: list[str], folder: Path) -> None:
     unused = sorted(set(shapes) - set(used))
     twice = sorted(key for key, count in Counter(used).items() if count > 1)
     if unused or twice:
         parts = [f"not used by this model: {', '.join(unused)}"] if unused else []
         parts += [f"used more than once: {', '.join(twice)}"] if twice else []
+        why = "Was it trained on another model?"
+        if any(_OF_EXPERT.search(key) for key in unused):
+            why = f"If it was trained on lists of experts, convert it first: {_CONVERT.format(folder=folder)}."
         raise ValueError(
-            f"adapter {adapter!r}: every tensor has to be merged once; {'; '.join(parts)}. Was it trained on another "
-            "model? Nothing was written."
+            f"adapter {folder.name!r}: every tensor has to be merged once; {'; '.join(parts)}. {why} Nothing was written."
         )
 
 
