@@ -134,8 +134,8 @@ def _usage(adapter: NativeAdapter, serving: Serving, names: Names, stacked: bool
         module = json.dumps({"name": "adapter", "path": "<this folder>", "is_3d_lora_weight": stacked})
         extra = [
             "",
-            "Its experts are not in the form that vLLM takes by itself: start it with `--enable-mixed-moe-lora-format` and",
-            f"`--lora-modules '{module}'`.",
+            "Its experts are not in the form that vLLM takes by itself: start it with `--enable-mixed-moe-lora-format`",
+            f"and `--lora-modules '{module}'`.",
         ]
     return [
         "```console",

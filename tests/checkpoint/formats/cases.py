@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peft_moe import MoELoraConfig
@@ -124,3 +127,116 @@ def served_logits(name: str, served: Served) -> Tensor:
                     for part, rows_of in zip(parts, rows, strict=True):
                         part += rows_of
     return logits(model)
+
+
+# --- what an adapter is, said twice: as options of a config, and as the numbers that follow from them ----------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An adapter of experts.
+
+    options: of its config. scaling: of each adapted expert, or of all. experts: the adapted ones, of every layer or by
+    layer; `None`: all four. ranks: of the adapted experts where they differ. linears: scaling by name, else 2.
+    exact: whether float32 tensors come back bit for bit: they do unless scales were folded that are no power of two.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    scaling: float | Sequence[float] = 2.0
+    experts: Sequence[int] | dict[int, Sequence[int]] | None = None
+    ranks: Sequence[int] | None = None
+    linears: float = 2.0
+    exact: bool = True
+
+
+VARIANTS = {
+    "plain": Variant(),
+    "some_experts": Variant(
+        {"expert_r": 3, "expert_indices": {1: [1, 2]}, "lora_alpha": 5}, 5 / 3, {1: [1, 2]}, linears=5 / 4, exact=False
+    ),
+    "listed": Variant({"expert_indices": [0, 3], "expert_alpha": 16}, 4.0, [0, 3]),
+    "down": Variant({"target_experts": ["down_proj"], "expert_alpha": 3}, 0.75, exact=False),
+    "gate_up": Variant({"target_experts": ["gate_up_proj"]}),
+    "split": Variant({"split_gate_up": True}),
+    "split_ragged": Variant(
+        {"split_gate_up": True, "expert_r": 2, "expert_rank_pattern": {r".*\.1": 1}}, [4.0, 8.0, 4.0, 4.0],
+        ranks=[2, 1, 2, 2],
+    ),
+    "ragged": Variant(
+        {"expert_rank_pattern": {r".*\.0": 9, r".*\.2": 1}, "expert_alpha_pattern": {r".*\.0": 18, r".*\.2": 2}},
+        ranks=[9, 4, 1, 4],
+    ),
+    "alphas": Variant({"expert_alpha_pattern": {r".*\.2": 3}}, [2.0, 2.0, 0.75, 2.0], exact=False),
+    "outer": Variant({"share_experts": "outer"}),
+    "rslora": Variant({"use_rslora": True}, 4.0, linears=4.0),
+    "no_linears": Variant({"target_modules": []}),
+}  # fmt: skip
+
+
+def expert_deltas(folder: Path, variant: Variant, facts: ModelFacts) -> dict[int, dict[str, Tensor]]:
+    """layer -> projection -> `(E, out, in)` float64 of a native adapter, from its tensors and the variant's numbers."""
+    found: dict[int, dict[str, Tensor]] = {}
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for key, a in tensors.items():
+        match = re.search(r"layers\.(\d+)\..*experts\.(\w+)\.lora_A$", key)
+        if match is None:
+            continue
+        b = tensors[key.replace("lora_A", "lora_B")]
+        layer, slot = int(match[1]), match[2]
+        chosen = variant.experts.get(layer, []) if isinstance(variant.experts, dict) else variant.experts
+        chosen = list(range(facts.experts) if chosen is None else chosen)
+        if variant.ranks is None:
+            products = b.double() @ a.double()
+        else:
+            pairs = zip(a.double().split(list(variant.ranks)), b.double().split(list(variant.ranks)), strict=True)
+            products = torch.stack([rows.T @ block for block, rows in pairs])
+        scales = torch.as_tensor(variant.scaling, dtype=torch.float64).expand(len(chosen))[:, None, None]
+        whole = torch.zeros(facts.experts, *products.shape[1:], dtype=torch.float64)
+        whole[chosen] = scales * products
+        found.setdefault(layer, {})[slot] = whole
+    for slots in found.values():
+        if "gate_proj" in slots:
+            pair = [slots.pop("gate_proj"), slots.pop("up_proj")]
+            slots["gate_up_proj"] = torch.stack(pair, 2).flatten(1, 2) if facts.interleaved else torch.cat(pair, 1)
+    return found
+
+
+def linear_deltas(folder: Path, scaling: float) -> dict[str, Tensor]:
+    """Path -> `(out, in)` float64 of the linears of a native adapter."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {
+        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): scaling
+        * (tensors[key.replace("lora_A", "lora_B")].double() @ a.double())
+        for key, a in tensors.items()
+        if key.endswith(".lora_A.weight")
+    }
+
+
+def difference(served: Served, experts: dict[int, dict[str, Tensor]], linears: dict[str, Tensor]) -> float:
+    """The largest difference of what a server adds from what it should, relative to the largest value."""
+    zero = torch.zeros(1)
+    pairs = [
+        (served.experts.get(layer, {}).get(projection, zero), experts.get(layer, {}).get(projection, zero))
+        for layer in served.experts.keys() | experts.keys()
+        for projection in ("gate_up_proj", "down_proj")
+    ] + [(served.linears.get(path, zero), linears.get(path, zero)) for path in served.linears.keys() | linears.keys()]
+    largest = [float(torch.maximum(one.abs().max(), other.abs().max())) for one, other in pairs]
+    return max(float((one - other).abs().max()) / size for (one, other), size in zip(pairs, largest, strict=True) if size)
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two native adapters have the same tensors bit for bit, and configs that mean the same."""
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+    if first.keys() != second.keys():
+        return False
+    if not all(first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first):
+        return False
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (one, other)]
+    return all(configs[0].get(key) == configs[1].get(key) for key in SETTINGS)
+
+
+SETTINGS = [
+    "r", "lora_alpha", "expert_r", "expert_alpha", "expert_rank_pattern", "expert_alpha_pattern", "expert_indices",
+    "target_experts", "split_gate_up", "share_experts", "use_rslora", "rank_pattern", "alpha_pattern", "task_type",
+    "base_model_name_or_path",
+]  # fmt: skip
