@@ -77,6 +77,7 @@ __all__ = [
     "regex_parser",
     "targets_taken_for_experts",
     "through_hook",
+    "transformers_major",
 ]
 
 ExcludedModule = _ExcludedModule
@@ -91,6 +92,11 @@ def targets_taken_for_experts(config: Any, model: Any) -> list[str]:
     if isinstance(config.target_modules, str):
         return sorted(set(read.target_parameters or ()) - set(config.target_parameters or ()))
     return sorted(set(config.target_modules) - set(read.target_modules))
+
+
+def transformers_major() -> int:
+    """The first number of the version of the installed transformers."""
+    return int(transformers.__version__.partition(".")[0])
 
 
 def model_class(name: str) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.formats import export_adapter, import_adapter
+from ..checkpoint.formats.fuse import same_bits
 from ..checkpoint.merge import bind
 from ..checkpoint.merge.binding import AdapterFiles
 from ..checkpoint.merge.deltas import ExpertsDelta, LinearDelta
@@ -135,7 +136,7 @@ def _export(folder: Path, base: Path, trust_remote_code: bool) -> tuple[bool, st
 def _same(one: TensorFile, other: TensorFile) -> tuple[bool, str]:
     if set(one.entries) != set(other.entries):
         return False, "the tensors that came back have other names"
-    different = [key for key in one.entries if not torch.equal(one.read(key), other.read(key))]
+    different = [key for key in one.entries if not same_bits(one.read(key), other.read(key))]
     if different:
         return False, f"{len(different)} tensors changed on the way to PEFT's layout and back: {different[0]}"
     return True, "to stock PEFT's layout and back, bit for bit"

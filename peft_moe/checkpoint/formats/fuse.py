@@ -88,6 +88,13 @@ def alpha_for(scaling: float, rank: int, rslora: bool) -> float:
     return near if near and math.isclose(found, near, rel_tol=1e-12) else found
 
 
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same, NaNs and signs of zeros too."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(value.contiguous().view(-1).view(torch.uint8) for value in (one, other)))
+
+
 def linears(one: ExpertsAdapter, projection: ProjectionSpec) -> dict[str, tuple[str, slice]]:
     """Linear of an expert (`gate_proj`, `up_proj`, `down_proj`) -> (slot that adapts it, its rows of the slot's B).
 

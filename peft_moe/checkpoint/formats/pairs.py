@@ -114,12 +114,14 @@ def _some(base: Base, found: Found) -> bool:
 
 def _general(adapter: ForeignAdapter, found: Found) -> Converted:
     modules = found.modules()
-    slots = {tuple(sorted(pair.slot for pair in pairs)) for pairs in modules.values()}
-    if len(slots) > 1:
-        raise ValueError(
-            f"adapter {adapter.name!r}: its experts modules differ in the projections that are adapted "
-            f"({' and '.join(str(list(one)) for one in sorted(slots))}); expected the same ones in each"
-        )
+    slots: dict[str, list[str]] = {}  # some architectures hold each projection in a module of its own
+    for name, pairs in modules.items():
+        mine = sorted(pair.slot for pair in pairs)
+        if slots.setdefault(name.rpartition(".")[2], mine) != mine:
+            raise ValueError(
+                f"adapter {adapter.name!r}: {name} has factors for {mine}, modules of this name before it for "
+                f"{slots[name.rpartition('.')[2]]}; expected the same ones in each"
+            )
     values = {name: _values(pairs) for name, pairs in modules.items()}
     config = config_of(adapter.config, found, values)
     tensors: list[Planned] = [adapter.copied(key) for key in found.others]

@@ -34,8 +34,8 @@ def detect(adapter: ForeignAdapter) -> Format:
         raise ValueError(
             f"{adapter.folder}: no format of experts recognises this adapter (peft_type "
             f"{adapter.config.get('peft_type')!r}, target_parameters {adapter.config.get('target_parameters')!r}, keys "
-            f"such as {sample}). A LoRA of linears alone needs no conversion; else name its format with `format=`, one of "
-            f"{', '.join(sorted(one.name for one in FORMATS if one.read is not None))}."
+            f"such as {sample}). A LoRA of linears alone needs no conversion; else name its format with `format=`, one "
+            f"of {', '.join(sorted(one.name for one in FORMATS if one.read is not None))}."
         )
     if len(found) > 1:
         raise ValueError(

@@ -22,7 +22,7 @@ from .fuse import alpha_for, full_dtype, full_factor, fused_rank
 from .native import ExpertsAdapter, NativeAdapter
 from .plan import Converted, Planned, planned
 from .refusals import check_plain
-from .stock_layout import CURRENT, Stack, stacks, to_stock
+from .stock_layout import CURRENT, NOTE, Stack, role, stacks, to_stock
 
 CONSUMER = "stock PEFT"
 
@@ -43,9 +43,11 @@ def convert(adapter: NativeAdapter, contiguous_r: bool) -> Converted:
         adapter.require_base("the order and the orientation of its expert parameters have to be known")
     tensors = [adapter.copied(key) for key in adapter.others]
     ranks: dict[str, tuple[int, float]] = {}  # parameter -> rank, scaling
+    swapped: set[bool] = set()
     for one in adapter.modules:
         order = stacks(one.name, one.spec, one.module)
         targeted = [stack for stack in order if stack.projection.name in one.settings.projections]
+        swapped |= {stack.swapped(CURRENT) for stack in targeted}
         for depth, stack in enumerate(reversed(targeted)):
             path = one.name + ".base_layer" * depth
             tensors += [_planned(one, stack, path, factor, contiguous_r) for factor in ("lora_A", "lora_B")]
@@ -53,7 +55,8 @@ def convert(adapter: NativeAdapter, contiguous_r: bool) -> Converted:
     folded = any(one.settings.scaling is not None for one in adapter.modules)
     facts = ["alphas that differ between experts are folded into B"] if folded else []
     config = _config(adapter, ranks)
-    return Converted(config, tensors, usage(adapter.config), facts, record.of(adapter))
+    note = {NOTE: role(one) for one in swapped} if len(swapped) == 1 else {}
+    return Converted(config, tensors, usage(adapter.config), facts, record.of(adapter) | note)
 
 
 def _planned(one: ExpertsAdapter, stack: Stack, path: str, factor: str, contiguous_r: bool) -> Planned:

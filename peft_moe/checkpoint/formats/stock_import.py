@@ -11,7 +11,7 @@ from ...patterns import check_patterns, value_of
 from .foreign import ForeignAdapter
 from .pairs import Found, Pair, to_native
 from .plan import Converted
-from .stock_layout import LAYOUTS, from_stock, layout_of_version
+from .stock_layout import LAYOUTS, NOTE, ROLES, from_stock, layout_of_version, role
 from .stock_wrappers import Wrapper, wrappers
 
 _REFUSED = {
@@ -22,9 +22,9 @@ _REFUSED = {
 
 
 def read(adapter: ForeignAdapter, assume_layout: str | None = None) -> Converted:
-    """See the module. Args: assume_layout: one of `LAYOUTS`, where shapes and `peft_version` do not tell."""
-    if assume_layout is not None and assume_layout not in LAYOUTS:
-        raise ValueError(f"assume_layout={assume_layout!r}: expected one of {', '.join(LAYOUTS)}")
+    """See the module. Args: assume_layout: one of `LAYOUTS` or `ROLES`, where shapes and `peft_version` do not tell."""
+    if assume_layout is not None and assume_layout not in (*LAYOUTS, *ROLES):
+        raise ValueError(f"assume_layout={assume_layout!r}: expected one of {', '.join((*LAYOUTS, *ROLES))}")
     return to_native(adapter, find_pairs(adapter, assume_layout, contiguous_r=False))
 
 
@@ -124,11 +124,11 @@ def _roles(adapter: ForeignAdapter, found: list[Wrapper], assume_layout: str | N
             "no version of PEFT writes that"
         )
     answer = next(iter(answers), None)
-    stated = assume_layout or layout_of_version(adapter.config.get("peft_version"))
     if answer is not None:
         _check_assumed(adapter, found, assume_layout, answer)
         return answer
-    return _by_layout(adapter, found, stated)
+    assume_layout = assume_layout or adapter.tensors.metadata.get(NOTE)
+    return ROLES[assume_layout] if assume_layout in ROLES else _by_layout(adapter, found[0], assume_layout)
 
 
 def _by_both(adapter: ForeignAdapter, pair: list[Wrapper]) -> bool | None:
@@ -153,26 +153,37 @@ def _by_both(adapter: ForeignAdapter, pair: list[Wrapper]) -> bool | None:
 
 def _check_assumed(adapter: ForeignAdapter, found: list[Wrapper], layout: str | None, answer: bool) -> None:
     for one in found:
-        if layout is not None and one.stack is not None and one.stack.swapped(layout) != answer:
+        if layout is None or (one.stack is None and layout not in ROLES):
+            continue
+        assumed = ROLES[layout] if layout in ROLES else one.stack is not None and one.stack.swapped(layout)
+        if assumed != answer:
             raise ValueError(
                 f"adapter {adapter.name!r}: {one.keys['lora_A']}: found shape {adapter.shape(one.keys['lora_A'])}, "
                 f"which assume_layout={layout!r} contradicts. Shapes tell its layout: leave the option out."
             )
 
 
-def _by_layout(adapter: ForeignAdapter, found: list[Wrapper], layout: str | None) -> bool:
-    one = found[0]
+def _by_layout(adapter: ForeignAdapter, one: Wrapper, assumed: str | None) -> bool:
+    name = f"adapter {adapter.name!r}: {one.module}.{one.parameter}"
     if one.sizes is None:
         adapter.require_base(f"the shapes of {one.parameter} alone do not tell which size is its input")
+    version = adapter.config.get("peft_version")
+    layout = assumed or layout_of_version(version)
     if layout is None:
         raise ValueError(
-            f"adapter {adapter.name!r}: {one.module}.{one.parameter} is square, so shapes do not tell its layout, "
-            f"and its config says peft_version={adapter.config.get('peft_version')!r}. Say which PEFT saved it with "
-            f"`assume_layout=` (`--assume-layout`): one of {', '.join(LAYOUTS)}."
+            f"{name} is square, so shapes do not tell its layout, and its config says peft_version={version!r}. Say "
+            f"which PEFT saved it with `assume_layout=` (`--assume-layout`): one of {', '.join(LAYOUTS)}."
         )
     if one.stack is None:
         raise ValueError(
-            f"adapter {adapter.name!r}: {one.module}.{one.parameter} is square, and this version of transformers holds "
-            "these experts as a list, which does not tell how stock PEFT saw them: convert it under transformers 5"
+            f"{name} is square, and this version of transformers holds these experts as a list, which does not tell "
+            "how stock PEFT saw them. Convert it under transformers 5, or say it with `assume_layout=`: "
+            f"{' or '.join(ROLES)}."
+        )
+    if assumed is None and one.stack.depends_on_transformers(layout):
+        raise ValueError(
+            f"{name} is square, so shapes do not tell its layout, and what PEFT {version} wrote for this class depends "
+            "on the version of transformers it was trained with. Say it with `assume_layout=` (`--assume-layout`): with "
+            f"this one {role(one.stack.swapped(layout))}, else {role(not one.stack.swapped(layout))}."
         )
     return one.stack.swapped(layout)

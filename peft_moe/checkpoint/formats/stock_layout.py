@@ -21,11 +21,16 @@ from typing import Any
 
 from torch import Tensor
 
+from ...compat import transformers_major
 from ...layouts import ExpertsSpec, ProjectionSpec
 
 #: Names of the three layouts, as `assume_layout` takes them.
 LAYOUTS = ("peft<=0.18.1", "peft==0.19.0", "peft>=0.19.1")
 CURRENT = LAYOUTS[2]
+#: Where A lies, said outright; `assume_layout` takes these too.
+ROLES = {"lora_A_on_input": False, "lora_A_on_output": True}
+NOTE = "peft_moe_roles"  # under which the header of our own exports says one of `ROLES`
+_FLAGS = transformers_major() >= 5  # before, no class of experts had the flag
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,13 @@ class Stack:
         """Whether A lies on the output in a layout of `LAYOUTS`."""
         on_y = {LAYOUTS[0]: False, LAYOUTS[1]: self.flagged, LAYOUTS[2]: not self.flagged}[layout]
         return on_y == self.transposed
+
+    def depends_on_transformers(self, layout: str) -> bool:
+        """Whether a layout meant the other thing where another version of transformers was installed.
+
+        The classes that hold `(in, out)` got their flag in transformers 5, most of them.
+        """
+        return layout != LAYOUTS[0] and self.transposed and (self.flagged or not _FLAGS)
 
 
 def stacks(name: str, spec: ExpertsSpec, module: Any) -> list[Stack]:
@@ -73,6 +85,11 @@ def stacks(name: str, spec: ExpertsSpec, module: Any) -> list[Stack]:
         if shape[0] == 1:
             raise ValueError(f"{name}.{part.path} has one expert, which stock PEFT adapts as a plain matrix")
     return [found[one] for one, _ in module.named_parameters(recurse=False) if one in found]
+
+
+def role(swapped: bool) -> str:
+    """One of `ROLES`."""
+    return next(name for name, value in ROLES.items() if value == swapped)
 
 
 def to_stock(value: Tensor, factor: str, swapped: bool, contiguous_r: bool = False) -> tuple[str, Tensor]:

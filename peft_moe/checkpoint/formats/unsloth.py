@@ -18,7 +18,7 @@ from .pairs import Pair, to_native
 from .plan import Converted, Format
 from .stock_export import convert
 from .stock_import import find_pairs
-from .stock_layout import LAYOUTS
+from .stock_layout import LAYOUTS, ROLES
 from .stock_wrappers import wrappers
 
 MARK = "lora_B_layout"
@@ -45,14 +45,17 @@ def export(adapter: NativeAdapter, layout: str = "expert_fastest") -> Converted:
 
 
 def read(adapter: ForeignAdapter, assume_layout: str | None = None) -> Converted:
-    """See the module. Args: assume_layout: one of `ORDERS`, one of `LAYOUTS`, or one of each with a comma between."""
+    """See the module.
+
+    Args: assume_layout: one of `ORDERS`, one of `LAYOUTS` or `ROLES`, or one of each with a comma between.
+    """
     given = [one.strip() for one in (assume_layout or "").split(",") if one.strip()]
     orders = [one for one in given if one in ORDERS]
-    layouts = [one for one in given if one in LAYOUTS]
+    layouts = [one for one in given if one in LAYOUTS or one in ROLES]
     if len(orders) > 1 or len(layouts) > 1 or len(orders) + len(layouts) < len(given):
         raise ValueError(
             f"assume_layout={assume_layout!r}: expected one of {', '.join(ORDERS)}; for square parameters also one of "
-            f"{', '.join(LAYOUTS)}, with a comma between"
+            f"{', '.join((*LAYOUTS, *ROLES))}, with a comma between"
         )
     order = _order(adapter, orders[0] if orders else None)
     layout = layouts[0] if layouts else None
@@ -65,8 +68,8 @@ def read(adapter: ForeignAdapter, assume_layout: str | None = None) -> Converted
     raise ValueError(
         f"adapter {adapter.name!r}: its config has no `{MARK}`, and nothing else in an adapter or its base tells the "
         "order of lora_B. Unsloth wrote 'contiguous_r' until September 2026, when its files began to have that mark; "
-        "PEFT without Unsloth always writes 'expert_fastest'. Say which with `assume_layout=` (`--assume-layout`); if you "
-        f"do not know, convert it both ways: the wrong one has a clearly higher loss on the training data.{hint}"
+        "PEFT without Unsloth always writes 'expert_fastest'. Say which with `assume_layout=` (`--assume-layout`); if "
+        f"you do not know, convert it both ways: the wrong one has a clearly higher loss on the training data.{hint}"
     )
 
 

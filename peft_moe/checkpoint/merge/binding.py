@@ -187,7 +187,8 @@ def _check_used(shapes: dict[str, tuple[int, ...]], used: list[str], folder: Pat
         if any(_OF_EXPERT.search(key) for key in unused):
             why = f"If it was trained on lists of experts, convert it first: {_CONVERT.format(folder=folder)}."
         raise ValueError(
-            f"adapter {folder.name!r}: every tensor has to be merged once; {'; '.join(parts)}. {why} Nothing was written."
+            f"adapter {folder.name!r}: every tensor has to be merged once; {'; '.join(parts)}. {why} Nothing was "
+            "written."
         )
 
 
