@@ -140,7 +140,7 @@ def _usage(adapter: NativeAdapter, serving: Serving) -> list[str]:
     return [
         "```console",
         f"$ python -m sglang.launch_server --model-path {base} --enable-lora \\",
-        f"    --lora-paths adapter=<this folder> --max-lora-rank {serving.rank}",
+        f"    --lora-paths adapter=<this folder> --max-lora-rank {serving.rank} --lora-strict-loading",
         "```",
     ]
 

@@ -66,6 +66,7 @@ def export(adapter: NativeAdapter, moe_format: str = "auto", rank: int | None = 
     names = ARCHITECTURES.get(kind, Names(""))
     stacked = names.stacked if moe_format == "auto" else moe_format == "3d"
     serving = Serving(adapter, CONSUMER, stacked, rank)
+    _check_linears(serving)
     tensors = serving.linear_tensors()
     for one in adapter.modules:
         tensors += list((_stacked if stacked else _single)(serving, one, _path(one.name, names.block), names))
@@ -74,6 +75,16 @@ def export(adapter: NativeAdapter, moe_format: str = "auto", rank: int | None = 
         serving.config(targets if adapter.modules else set()), tensors, _usage(adapter, serving, names, stacked),
         serving.facts(), note("vllm", adapter),
     )  # fmt: skip
+
+
+def _check_linears(serving: Serving) -> None:
+    for path in serving.linears:
+        if path.endswith(".kv_b_proj"):
+            raise ValueError(
+                f"adapter {serving.adapter.name!r}: {path} is adapted, whose weight {CONSUMER} splits once when it loads a "
+                "model with latent attention: while it decodes the adapter would be left out. Merge it instead "
+                "(`peft_moe.merge_checkpoint`)."
+            )
 
 
 def _path(name: str, block: str) -> str:

@@ -51,7 +51,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 } | {"qwen3_vl_moe": _vision_language}
 MODELS = list(BUILDERS)
 
-_MLA = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+_MLA = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]
 ATTENTION = {name: ["q_proj", "k_proj", "v_proj", "o_proj"] for name in MODELS} | {"deepseek_v3": _MLA}
 
 

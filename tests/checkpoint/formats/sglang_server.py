@@ -43,6 +43,7 @@ def serve(folder: Path, facts: ModelFacts) -> Served:
     served = Served()
     stacks = {layer: _normalised(weights) for layer, weights in layers.items()}
     shared = _shared_outer(stacks)
+    experts_too = {"gate_up_proj", "down_proj"} <= targets  # or it leaves the experts of all layers without LoRA
     for layer, weights in stacks.items():
         if layer >= facts.layers:
             raise Dropped(f"there is no layer {layer}")
@@ -63,6 +64,8 @@ def serve(folder: Path, facts: ModelFacts) -> Served:
                 experts.setdefault(target, {})[factor] = tensor
             else:
                 plain.setdefault(key.partition(".lora_")[0], {})[factor] = tensor
+        if experts and not experts_too:
+            raise Dropped(f"experts are adapted where both gate_up_proj and down_proj are targeted, not {targets}")
         if experts:
             served.experts[layer] = _experts(experts, facts, rank, scaling, shared)
         for module, pair in plain.items():
@@ -145,12 +148,11 @@ def _experts(
         a = _buffer(experts.get(target, {}).get("A"), (blocks * rank, inputs), facts.experts, one_a)
         b = _buffer(experts.get(target, {}).get("B"), (outputs, rank), facts.experts, one_b) * scaling
         if target == "gate_up_proj":  # B is all gates, then all ups, in every file
-            products = [torch.cat([b[:, : facts.inner], b[:, facts.inner :]], dim=1)]
             gate, up = b[:, : facts.inner] @ a[:, :rank], b[:, facts.inner :] @ a[:, rank:]
-            products = [torch.stack([gate, up], 2).flatten(1, 2) if facts.interleaved else torch.cat([gate, up], 1)]
+            product = torch.stack([gate, up], 2).flatten(1, 2) if facts.interleaved else torch.cat([gate, up], 1)
         else:
-            products = [b @ a]
-        found[target] = products[0].expand(facts.experts, -1, -1)
+            product = b @ a
+        found[target] = product.expand(facts.experts, -1, -1)
     return found
 
 

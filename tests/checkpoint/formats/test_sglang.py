@@ -165,6 +165,16 @@ def test_shared_experts_are_linears(name, bases, tmp_path):
     assert same_files(adapter, back(folder, tmp_path / "back"))
 
 
+def test_latent_attention(bases, tmp_path):
+    base, case = bases("deepseek_v3"), VARIANTS["plain"]
+    linears = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+    adapter = save_adapter("deepseek_v3", tmp_path / "adapter", base, target_modules=linears)
+    served = sglang_server.serve(export(adapter, tmp_path / "served"), facts_of(base))
+    assert len(served.linears) == 10
+    expected = expert_deltas(adapter, case, facts_of(base)), linear_deltas(adapter, 2.0)
+    assert difference(served, *expected) < CLOSE
+
+
 def test_k_may_be_left_out(bases, tmp_path):
     """SGLang makes zeros of it itself."""
     base = bases("qwen3_moe")
@@ -292,6 +302,12 @@ def edit(tensors: dict[str, Tensor], part: str, change: Callable[[Tensor], Tenso
         tensors[key] = change(tensors[key]).contiguous()
 
 
+def down_alone(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    drop(tensors, "gate_proj")
+    drop(tensors, "up_proj")
+    config["target_modules"] = [one for one in config["target_modules"] if one not in ("gate_proj", "up_proj")]
+
+
 def head(stack: Tensor) -> Tensor:
     return stack[:1]
 
@@ -308,6 +324,7 @@ FAULTS: dict[str, tuple[str, str, Change]] = {
     "rows as in the base": ("gpt_oss", "stacked", lambda t, c: interleave(t)),
     "ups before gates": ("qwen3_moe", "stacked", lambda t, c: edit(t, "gate_up_proj.lora_B", lambda b: b.roll(40, 1))),
     "experts not targeted": ("qwen3_moe", "per-expert", lambda t, c: c.update(target_modules=["q_proj", "o_proj"])),
+    "down alone targeted": ("qwen3_moe", "per-expert", down_alone),
     "targets as a regex": ("qwen3_moe", "per-expert", lambda t, c: c.update(target_modules=".*proj")),
     "another type": ("qwen3_moe", "per-expert", lambda t, c: c.update(peft_type="MOELORA")),
     "a path without a layer": ("qwen3_moe", "per-expert", lambda t, c: rename(t, r"layers\.", "blocks.")),

@@ -194,6 +194,12 @@ def test_refused_with_the_reason(case, bases, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"], "something was left behind"
 
 
+def test_a_linear_that_is_split_when_the_model_loads_is_refused(bases, tmp_path):
+    adapter = save_adapter("deepseek_v3", tmp_path / "adapter", bases("deepseek_v3"), target_modules=["kv_b_proj"])
+    with pytest.raises(ValueError, match="kv_b_proj is adapted.*decodes"):
+        export(adapter, tmp_path / "served")
+
+
 def test_an_architecture_that_is_not_known_is_asked_for(bases, tmp_path, monkeypatch):
     adapter = save_adapter("qwen3_moe", tmp_path / "adapter", bases("qwen3_moe"))
     monkeypatch.delitem(vllm.ARCHITECTURES, "qwen3_moe")
