@@ -55,7 +55,7 @@ def convert(adapter: NativeAdapter, contiguous_r: bool) -> Converted:
     folded = any(one.settings.scaling is not None for one in adapter.modules)
     facts = ["alphas that differ between experts are folded into B"] if folded else []
     config = _config(adapter, ranks)
-    note = {NOTE: role(one) for one in swapped} if len(swapped) == 1 else {}
+    note = {NOTE: role(swapped.pop())} if len(swapped) == 1 else {}
     return Converted(config, tensors, usage(adapter.config), facts, record.of(adapter) | note)
 
 

@@ -183,7 +183,7 @@ def _by_layout(adapter: ForeignAdapter, one: Wrapper, assumed: str | None) -> bo
     if assumed is None and one.stack.depends_on_transformers(layout):
         raise ValueError(
             f"{name} is square, so shapes do not tell its layout, and what PEFT {version} wrote for this class depends "
-            "on the version of transformers it was trained with. Say it with `assume_layout=` (`--assume-layout`): with "
-            f"this one {role(one.stack.swapped(layout))}, else {role(not one.stack.swapped(layout))}."
+            "on the version of transformers it was trained with. Say it with `assume_layout=` (`--assume-layout`): "
+            f"with this one {role(one.stack.swapped(layout))}, else {role(not one.stack.swapped(layout))}."
         )
     return one.stack.swapped(layout)
