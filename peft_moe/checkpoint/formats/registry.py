@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from . import per_expert, stock, unsloth
+from . import per_expert, sglang, stock, unsloth, vllm
 from .foreign import ForeignAdapter
 from .plan import Format
+from .served_read import marked_as
 
 #: In the order in which `format="auto"` asks them: the more particular ones first.
-FORMATS: tuple[Format, ...] = (stock.FORMAT, unsloth.FORMAT, per_expert.FORMAT)
+FORMATS: tuple[Format, ...] = (vllm.FORMAT, sglang.FORMAT, stock.FORMAT, unsloth.FORMAT, per_expert.FORMAT)
 
 
 def find_format(name: str, doing: str) -> Format:
@@ -23,6 +24,9 @@ def detect(adapter: ForeignAdapter) -> Format:
     """The format of a folder, from its config and keys. Raises `ValueError` if none, or more than one, takes it."""
     if adapter.config.get("peft_type") == "MOELORA":
         raise ValueError(f"{adapter.folder} is in the native format of peft-moe already: nothing is to be imported")
+    noted = [one for one in FORMATS if marked_as(adapter, one.name)]
+    if noted:  # this package wrote it, and keys alone may fit another format too
+        return noted[0]
     asked = [(one, one.recognises(adapter)) for one in FORMATS if one.recognises is not None]
     found = [(one, why) for one, why in asked if why is not None]
     if not found:

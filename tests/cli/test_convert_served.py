@@ -1,0 +1,30 @@
+"""`peft-moe convert` to the formats of servers and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .calls import call, folder, result  # noqa: F401
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_there_and_back(kind: str, folder: Path) -> None:  # noqa: F811
+    source, served, again = (str(folder / name) for name in ("adapter", "served", "again"))
+    base = str(folder / "base")
+    assert result("convert", source, served, "--to", kind, "--base", base) == {"path": served, "format": kind}
+    config = json.loads((Path(served) / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["r"] in (1, 8, 16, 32, 64, 128, 256, 320, 512)
+    assert result("convert", served, again) == {"path": again, "format": "native"}
+    first, second = (load_file(Path(one) / "adapter_model.safetensors") for one in (source, again))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_reason_without_a_traceback(folder: Path) -> None:  # noqa: F811
+    found = call("convert", folder / "adapter", folder / "served", "--to", "vllm", "--base", folder / "nowhere")
+    assert found.exit_code == 3 and "config.json" in found.output and "Traceback" not in found.output
