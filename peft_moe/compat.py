@@ -24,7 +24,6 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils import hotswap
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.quantizers import auto as quantizer_registry
 from transformers.quantizers.base import HfQuantizer
@@ -62,7 +61,6 @@ __all__ = [
     "check_target_module_exists",
     "core_model_loading",
     "get_model_conversion_mapping",
-    "get_pattern_key",
     "model_class",
     "onload",
     "onload_below",
@@ -75,9 +73,11 @@ __all__ = [
 ExcludedModule = _ExcludedModule
 
 
-def model_class(name: str) -> Any:
-    """The class of transformers that a config names under `architectures`; `None` if this version has none."""
-    return getattr(transformers, name, None)
+def model_class(name: Any) -> Any:
+    """The class of transformers that a config names under `architectures`; `None` if it has no model of that name."""
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else None  # a config from a stranger calls nothing else
 
 
 def add_enum_member(cls: type[enum.Enum], name: str) -> None:
