@@ -29,7 +29,7 @@ from transformers.quantizers import auto as quantizer_registry
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
-from transformers.utils import cached_file
+from transformers.utils import cached_file, has_file
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 try:
@@ -61,6 +61,7 @@ __all__ = [
     "check_target_module_exists",
     "core_model_loading",
     "get_model_conversion_mapping",
+    "has_file",
     "model_class",
     "onload",
     "onload_below",

@@ -98,9 +98,8 @@ def test_matching_is_that_of_the_end_of_a_name() -> None:
     assert matches(r"experts\.\d+", NAME) and not matches(r"xperts\.\d+", NAME) and not matches("experts", NAME)
     values = {"a": 1, r"experts\.127": 2, r".*127": 3}
     assert value_of(values, NAME, 4) == 2 and value_of(values, "b", 4) == 4 and value_of(None, NAME, 5) == 5
-    for wanted in ({".*9": 1, "127": 2}, {r"\d+": 3, "127": 4}, {"x": 5}, {NAME: 6, "127": 7}, {"a[": 8}):
-        keys = [key for key in wanted if key != "a["]
-        assert value_of({key: wanted[key] for key in keys}, NAME, 0) == wanted.get(get_pattern_key(keys, NAME), 0)
+    for wanted in ({".*9": 1, "127": 2}, {r"\d+": 3, "127": 4}, {"x": 5}, {NAME: 6, "127": 7}):
+        assert value_of(wanted, NAME, 0) == wanted.get(get_pattern_key(wanted, NAME), 0)
 
 
 def test_many_patterns_on_many_names_are_quick() -> None:

@@ -111,9 +111,10 @@ def check_linears(found: Mapping[str, Sequence[int]], model: nn.Module, config: 
     Args: found: key -> shape. model: the base model, with or without adapters, or the PEFT model around it.
     """
     modules = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
+    injected = any(_holds(module, adapter) for module in modules.values())
     for key, shape in found.items():
         name = _LINEAR_FACTOR.fullmatch(full_key(key).removeprefix(PREFIX))
-        if name is None or len(shape) != 2:
+        if name is None:
             continue
         path, factor = name.groups()
         module = modules.get(path)
@@ -121,6 +122,11 @@ def check_linears(found: Mapping[str, Sequence[int]], model: nn.Module, config: 
             raise ValueError(
                 f"adapter {adapter!r}: {key}: this model has no module {path}. Was the adapter trained on another "
                 "model or with another version of transformers? Nothing was loaded."
+            )
+        if injected and not _holds(module, adapter):
+            raise ValueError(
+                f"adapter {adapter!r}: {key}: adapter_config.json does not target {path}, and nothing takes it. Are "
+                "the two files of one adapter?"
             )
         sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
         if None in sizes:
@@ -133,6 +139,11 @@ def check_linears(found: Mapping[str, Sequence[int]], model: nn.Module, config: 
                 "model and of adapter_config.json). Nothing was loaded."
             )
     _check_whole(found, modules, config, adapter)
+
+
+def _holds(module: nn.Module, adapter: str) -> bool:
+    """Whether a module is a layer of PEFT with this adapter."""
+    return any(adapter in (getattr(module, name, None) or ()) for name in ("lora_A", "lora_embedding_A"))
 
 
 def _check_whole(

@@ -15,9 +15,9 @@ from ..checkpoint.merge.binding import AdapterFiles
 from ..checkpoint.merge.deltas import ExpertFactors
 from ..config import MoELoraConfig
 from ..layouts import ExpertsSpec, ProjectionSpec
-from ..settings import adapted_experts, nominal_scaling, resolve
+from ..settings import AdapterSettings, adapted_experts, nominal_scaling, resolve
 
-_MOST = 4096  # experts that are looked for where ranks differ and the file does not say how many there are
+_MOST = 4096  # experts of a module
 
 
 def describe_adapter(folder: Path) -> dict[str, Any]:
@@ -62,6 +62,7 @@ def _layers(files: AdapterFiles) -> Iterator[dict[str, Any]]:
         for projection in spec.projections:
             slots = settings.slots(projection)
             mine = {where: key for where, key in keys.items() if where[0] in slots}
+            _check_shapes(files, mine, settings, projection, spec.num_experts)
             factors = ExpertFactors(
                 files.tensors, mine, settings, projection, nominal_scaling(files.config), spec.num_experts, cache
             )
@@ -81,10 +82,45 @@ def _layers(files: AdapterFiles) -> Iterator[dict[str, Any]]:
             }
 
 
+def _check_shapes(
+    files: AdapterFiles,
+    keys: dict[tuple[str, str], str],
+    settings: AdapterSettings,
+    projection: ProjectionSpec,
+    count: int,
+) -> None:
+    """Raise `ValueError` where the tensors of a projection are not what the config says of them."""
+    found = {where: files.tensors.entries[key].shape for where, key in keys.items()}
+    expected = {
+        (slot, factor): shape
+        for slot in settings.slots(projection)
+        for factor, shape in settings.shapes(projection, slot, count).items()
+    }
+    if found != expected:
+        wrong = sorted(where for where in {*found, *expected} if found.get(where) != expected.get(where))
+        raise ValueError(
+            f"{files.tensors.path}: {'.'.join(wrong[0])} (as {keys.get(wrong[0])}): found {found.get(wrong[0])}, and "
+            f"adapter_config.json says {expected.get(wrong[0])}"
+        )
+
+
 def _spec(files: AdapterFiles, name: str, keys: dict[tuple[str, str], str]) -> ExpertsSpec:
     """The layout of a module as far as an adapter's shapes tell it."""
     shapes = {where: files.tensors.entries[key].shape for where, key in keys.items()}
     names = [slot for slot, factor in shapes if factor == "lora_B"]
+    for slot, factor in shapes:
+        pair = [shapes.get((slot, one), ()) for one in ("lora_A", "lora_B")]
+        halves = ("gate_proj" in names) <= ("up_proj" in names)
+        if (
+            len(pair[0]) not in (2, 3)
+            or len(pair[0]) != len(pair[1])
+            or not halves
+            or max(pair[0][0], pair[1][0]) > _MOST
+        ):
+            raise ValueError(
+                f"{files.tensors.path}: {keys[slot, factor]}: factors of shapes {pair}, expected (experts, r, in) and "
+                f"(experts, out, r), or (ranks, in) and (ranks, out), of at most {_MOST} experts"
+            )
     slots = {slot: (shapes[slot, "lora_B"][1], shapes[slot, "lora_A"][-1]) for slot in names}
     projections = []
     if "gate_proj" in slots:
@@ -113,8 +149,13 @@ def _spec(files: AdapterFiles, name: str, keys: dict[tuple[str, str], str]) -> E
 
 
 def delta_norms(a: Tensor, b: Tensor) -> Tensor:
-    """`(E,)`: Frobenius norms of `B A`, from the Gram matrices of A `(E, r, in)` and B `(E, out, r)`."""
+    """`(E,)`: Frobenius norms of `B A`, from the Gram matrices of A `(E, r, in)` and B `(E, out, r)`.
+
+    From the product itself where that is smaller, so that memory is bounded by that of the factors.
+    """
     a, b = a.double(), b.double()
+    if a.shape[1] ** 2 > a.shape[2] * b.shape[1]:
+        return (b @ a).square().sum((1, 2)).sqrt()
     return ((a @ a.mT) * (b.mT @ b)).sum((1, 2)).clamp(min=0).sqrt()
 
 
@@ -129,6 +170,11 @@ def _linears(files: AdapterFiles) -> Iterator[dict[str, Any]]:
         a, b = files.tensors.read(key), files.tensors.read(other)
         if a.dim() != 2 or b.dim() != 2:
             continue
+        if a.shape[0] != b.shape[1]:
+            raise ValueError(
+                f"{files.tensors.path}: {key}: factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, expected (r, in) "
+                "and (out, r)"
+            )
         norm = float(delta_norms(a[None], b[None])[0]) * files.linear_scaling(path)
         yield {
             "module": path,
