@@ -13,7 +13,8 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from .checkpoint.card import add_loading_section
-from .checkpoint.files import read_shapes
+from .checkpoint.files import check_adapter_tensors
+from .checkpoint.header import read_header
 from .config_input import adapter_home, check_input, check_pickle, check_types, checked
 from .layouts import TARGETS
 from .ops.backends import BACKENDS
@@ -151,7 +152,9 @@ class MoELoraConfig(LoraConfig):
         config = checked(folder, read)
         file = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
         if isinstance(config, cls) and os.path.isfile(file):
-            config.file_shapes = read_shapes(file)
+            entries, _ = read_header(file)
+            check_adapter_tensors(file, entries)
+            config.file_shapes = {key: one.shape for key, one in entries.items()}
         else:
             check_pickle(name, below, kwargs)
         return config

@@ -109,18 +109,14 @@ def _spec(files: AdapterFiles, name: str, keys: dict[tuple[str, str], str]) -> E
     shapes = {where: files.tensors.entries[key].shape for where, key in keys.items()}
     names = [slot for slot, factor in shapes if factor == "lora_B"]
     for slot, factor in shapes:
-        pair = [shapes.get((slot, one), ()) for one in ("lora_A", "lora_B")]
-        halves = ("gate_proj" in names) <= ("up_proj" in names)
-        if (
-            len(pair[0]) not in (2, 3)
-            or len(pair[0]) != len(pair[1])
-            or not halves
-            or max(pair[0][0], pair[1][0]) > _MOST
-        ):
+        a, b = (shapes.get((slot, one), ()) for one in ("lora_A", "lora_B"))
+        if len(a) not in (2, 3) or len(a) != len(b) or ("gate_proj" in names) > ("up_proj" in names):
             raise ValueError(
-                f"{files.tensors.path}: {keys[slot, factor]}: factors of shapes {pair}, expected (experts, r, in) and "
-                f"(experts, out, r), or (ranks, in) and (ranks, out), of at most {_MOST} experts"
+                f"{files.tensors.path}: {keys[slot, factor]}: found factors of shapes {a} and {b}, expected (experts, "
+                "r, in) and (experts, out, r), or (ranks, in) and (ranks, out)"
             )
+        if len(a) == 3 and max(a[0], b[0]) > _MOST:
+            raise ValueError(f"{files.tensors.path}: {keys[slot, factor]}: found {max(a[0], b[0])} experts")
     slots = {slot: (shapes[slot, "lora_B"][1], shapes[slot, "lora_A"][-1]) for slot in names}
     projections = []
     if "gate_proj" in slots:
@@ -172,8 +168,8 @@ def _linears(files: AdapterFiles) -> Iterator[dict[str, Any]]:
             continue
         if a.shape[0] != b.shape[1]:
             raise ValueError(
-                f"{files.tensors.path}: {key}: factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, expected (r, in) "
-                "and (out, r)"
+                f"{files.tensors.path}: {key}: factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, expected (r, "
+                "in) and (out, r)"
             )
         norm = float(delta_norms(a[None], b[None])[0]) * files.linear_scaling(path)
         yield {

@@ -17,6 +17,7 @@ from ...patterns import value_of
 from ...settings import nominal_scaling, resolve, scaling_of
 from ...targets import targeted_experts
 from .. import native
+from ..files import check_adapter_tensors
 from ..tensor_file import TensorFile
 from .deltas import Change, ExpertFactors, ExpertsDelta, LinearDelta, Replaced
 
@@ -37,9 +38,7 @@ class AdapterFiles:
         self.folder, self.name = folder, folder.name
         self.config: Any = read_config(folder)
         self.tensors = TensorFile(folder / "adapter_model.safetensors")
-        for key, entry in self.tensors.entries.items():
-            if not entry.nbytes or not entry.code.startswith(("F", "BF")):
-                raise ValueError(f"{self.tensors.path}: {key} is {entry.code} {entry.shape}, expected floating values")
+        check_adapter_tensors(self.tensors.path, self.tensors.entries)
         if getattr(self.config, "target_parameters", None) and not stock:
             raise ValueError(
                 f"{folder} is an adapter of PEFT's `target_parameters`, whose experts lie in another layout. Convert "
