@@ -120,6 +120,8 @@ class MoELoraConfig(LoraConfig):
             check_types(self)
         super().__post_init__()
         self.peft_type = peft_type()
+        for option in ("rank_pattern", "alpha_pattern"):  # `null` in a file, and PEFT asks for keys
+            setattr(self, option, getattr(self, option) or {})
         self._check_format()
         check_input(self)
         self._normalise_targets()

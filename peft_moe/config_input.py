@@ -46,9 +46,9 @@ def checked(folder: str | os.PathLike[str], read: Any) -> Any:
         if kind == "LORA":  # the class of the other looks at itself
             check_types(config)
             check_input(config)
-    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
-        said = str(error) if isinstance(error, ValueError) else f"PEFT cannot use it: {type(error).__name__}: {error}"
-        raise ValueError(f"{path}: {said}") from error
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError, ImportError) as error:
+        said = "" if isinstance(error, (ValueError, ImportError)) else f"PEFT cannot use it: {type(error).__name__}: "
+        raise ValueError(f"{path}: {said}{error}") from error
     return config
 
 
@@ -113,6 +113,8 @@ def check_input(config: LoraConfig) -> None:
     for option in ("layers_pattern", "modules_to_save"):  # PEFT matches their entries as regexes
         found = getattr(config, option)
         _patterns(config, option, [found] if isinstance(found, str) else found or ())
+    if not 0 <= config.lora_dropout <= 1:
+        _refuse(config, "lora_dropout", config.lora_dropout, "is not a probability")
     if config.megatron_core not in (None, "megatron.core"):
         _refuse(config, "megatron_core", config.megatron_core, "names a module to import; expected 'megatron.core'")
     init = config.init_lora_weights
@@ -150,7 +152,8 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is typing.Union or origin is types.UnionType:
         return any(_fits(value, one) for one in inner)
     if origin is typing.Literal:
-        return any(type(value) is type(one) for one in inner)  # which of them is for those who know the option
+        placeholder = any("[" in str(one) for one in inner)  # "pissa_niter_[number of iters]"
+        return any(value == one or (placeholder and type(value) is type(one)) for one in inner)
     if origin is dict or kind is dict:
         keys = isinstance(value, dict) and all(isinstance(one, (str, int)) for one in value)
         return keys and (not inner or all(_fits(one, inner[1]) for one in value.values()))

@@ -342,6 +342,7 @@ class MoELoraModel(LoraModel):
         in_memory = native.PREFIX if any(name.startswith(native.PREFIX) for name, _ in model.named_modules()) else ""
         for own, key in matched.items():
             loaded[f"{in_memory}{own.removeprefix(native.PREFIX)}.{adapter_name}"] = experts[key]
+        native.check_taken(loaded, model, adapter_name)
         return loaded
 
     def subtract_mutated_init(self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None) -> Any:

@@ -6,6 +6,7 @@ import json
 import os
 from typing import Any
 
+MAX_DEPTH = 50
 MAX_BYTES = 64 * 2**20  # of a config or an index; the largest index of a known model has about 10 MiB
 
 
@@ -37,7 +38,21 @@ def parse_object(raw: bytes, constants: bool = False) -> dict[str, Any]:
         raise ValueError(f"it is not JSON ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"it is not an object in braces but a {type(found).__name__}")
+    _check_depth(found)
     return found
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            one
+            for outer in level
+            for one in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(one, (dict, list))
+        ]
+    if level:
+        raise ValueError("it is nested too deeply")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -141,6 +141,20 @@ def check_linears(found: Mapping[str, Sequence[int]], model: nn.Module, config: 
     _check_whole(found, modules, config, adapter)
 
 
+def check_taken(loaded: Iterable[str], model: nn.Module, adapter: str) -> None:
+    """Raise `ValueError` for names of tensors that a model with its adapters in place has no place for.
+
+    PEFT leaves them out without a word.
+    """
+    known = {name.removeprefix(PREFIX) for name in model.state_dict()}
+    extra = sorted(name for name in loaded if name.removeprefix(PREFIX) not in known)
+    if extra:
+        raise ValueError(
+            f"adapter {adapter!r}: its tensors do not fit the model: not used by this model {_some(extra)}. Is its "
+            "adapter_config.json that of another adapter?"
+        )
+
+
 def _holds(module: nn.Module, adapter: str) -> bool:
     """Whether a module is a layer of PEFT with this adapter."""
     return any(adapter in (getattr(module, name, None) or ()) for name in ("lora_A", "lora_embedding_A"))
@@ -159,6 +173,8 @@ def _check_whole(
     for saved in config.modules_to_save or ():
         if not any(f".{saved}." in f".{key.removeprefix(PREFIX)}" for key in keys):
             missing.append(f"{saved} (of `modules_to_save`)")
+    if config.trainable_token_indices and not any("trainable_tokens_delta" in key for key in keys):
+        missing.append("the values of `trainable_token_indices`")
     extra = [key for key in keys - expert_keys(keys) if not _has_owner(key, modules)]
     if missing or extra:
         parts = [f"missing {_some(sorted(missing))}"] if missing else []

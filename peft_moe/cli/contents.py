@@ -129,8 +129,10 @@ def _spec(files: AdapterFiles, name: str, keys: dict[tuple[str, str], str]) -> E
     first = next(iter(slots), "gate_proj")
     a, b = shapes[first, "lora_A"], shapes[first, "lora_B"]
     chosen = adapted_experts(files.config, ExpertsSpec(_MOST, (), None), name)
+    if chosen == ():
+        raise ValueError(f"{files.tensors.path}: {name}: found tensors, and `expert_indices` of its config names none")
     if chosen is not None:
-        count = chosen[-1] + 1 if chosen else 0
+        count = chosen[-1] + 1
     elif len(a) == 3:
         count = max(a[0], b[0])
     else:

@@ -77,7 +77,9 @@ class Inputs:
         return self.files[Path(name) / file]
 
     def _base(self, rng: random.Random, kind: str) -> dict[str, bytes]:
-        shards = sorted(str(path.name) for path in self.files if path.parts[0] == "base" and path.suffix == ".safetensors")
+        shards = sorted(
+            str(path.name) for path in self.files if path.parts[0] == "base" and path.suffix == ".safetensors"
+        )
         if kind == "shards":
             name = rng.choice(shards)
             data = self._seed("base", name)

@@ -17,12 +17,13 @@ TEXTS = [
     "outer", "loop", "pissa", "pissa_niter_1000000000", "olora", "eva", "corda", "loftq", "gaussian", "orthogonal",
     "CAUSAL_LM", "antigravity", "os", "Trainer", "contiguous_r",
 ]  # fmt: skip
-CODES = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "I64", "I32", "I8", "U8", "BOOL",
-         "C64", "F128", "f32", "", 7]  # fmt: skip
+CODES = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "I64", "I32", "I8", "U8",
+         "BOOL", "C64", "F128", "f32", "", 7]  # fmt: skip
 OPTIONS = [
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform",
     "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config",
-    "corda_config", "auto_mapping", "runtime_config", "layer_replication", "target_parameters", "use_dora", "use_rslora",
+    "corda_config", "auto_mapping", "runtime_config", "layer_replication", "target_parameters", "use_dora",
+    "use_rslora",
     "trainable_token_indices", "init_lora_weights", "expert_r", "expert_alpha", "expert_rank_pattern", "target_experts",
     "expert_alpha_pattern", "expert_indices", "split_gate_up", "share_experts", "experts_backend", "format_version",
     "layout", "peft_type", "task_type", "bias", "fan_in_fan_out", "base_model_name_or_path", "ensure_weight_tying",
@@ -88,7 +89,9 @@ def header(rng: random.Random, data: bytes) -> bytes:
     if rng.random() < 0.1:  # a name that stands there twice
         text = text[:-1] + b"," + json.dumps({names[0]: content.get(names[0])}).encode()[1:]
     text += b" " * (-len(text) % 8)
-    said = len(text) if rng.random() < 0.9 else rng.choice((0, 1, len(text) - 1, len(text) + 8, 2**31, 2**63, 2**64 - 1))
+    said = (
+        len(text) if rng.random() < 0.9 else rng.choice((0, 1, len(text) - 1, len(text) + 8, 2**31, 2**63, 2**64 - 1))
+    )
     return said.to_bytes(8, "little") + text + data[8 + length :]
 
 
@@ -137,7 +140,9 @@ def _change(rng: random.Random, root: Any) -> None:
     elif kind == 4:
         other, place = rng.choice(places)
         if other is not where:
-            where[key] = copy.deepcopy(other.get(place) if isinstance(other, dict) else other[place % max(1, len(other))])
+            where[key] = copy.deepcopy(
+                other.get(place) if isinstance(other, dict) else other[place % max(1, len(other))]
+            )
     else:
         where[key] = _value(rng)
     if isinstance(root, dict) and not root:

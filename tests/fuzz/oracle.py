@@ -27,7 +27,10 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 def merged(base: dict[str, Tensor], adapter: Path) -> dict[str, Tensor]:
     """The checkpoint with the adapter in it, float64. Args: base: single experts under their own names."""
     config = json.loads((adapter / "adapter_config.json").read_text())
-    found = {key.removeprefix(_PREFIX): value.double() for key, value in tensors_of(adapter / "adapter_model.safetensors").items()}
+    found = {
+        key.removeprefix(_PREFIX): value.double()
+        for key, value in tensors_of(adapter / "adapter_model.safetensors").items()
+    }
     out = {key: value.double() for key, value in base.items()}
     for key, value in found.items():  # modules that are saved whole
         if "lora_" not in key:
@@ -35,8 +38,8 @@ def merged(base: dict[str, Tensor], adapter: Path) -> dict[str, Tensor]:
     for key, a in found.items():
         if key.endswith(".lora_A.weight"):
             path = key.removesuffix(".lora_A.weight")
-            alpha = _first(config.get("alpha_pattern"), path, config["lora_alpha"])
-            scale = _scale(config, alpha, _first(config.get("rank_pattern"), path, config["r"]))
+            alpha = _first(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
+            scale = _scale(config, alpha, _first(config.get("rank_pattern"), path, config.get("r", 8)))
             delta = scale * found[f"{path}.lora_B.weight"] @ a
             out[f"{path}.weight"] = _apply(out[f"{path}.weight"], delta, found.get(f"{path}.lora_magnitude_vector"))
     modules = {key.rsplit(".", 2)[0] for key in found if re.search(r"_proj\.lora_[AB]$", key)}
@@ -54,8 +57,8 @@ def _experts(out: dict[str, Tensor], found: dict[str, Tensor], config: dict[str,
     ranks, scales = [], []
     for expert in adapted:
         name = f"{module}.{expert}"
-        rank = _first(config.get("expert_rank_pattern"), name, config.get("expert_r") or config["r"])
-        alpha = config["lora_alpha"] if config.get("expert_alpha") is None else config["expert_alpha"]
+        rank = _first(config.get("expert_rank_pattern"), name, config.get("expert_r") or config.get("r", 8))
+        alpha = config.get("lora_alpha", 8) if config.get("expert_alpha") is None else config["expert_alpha"]
         ranks.append(rank)
         scales.append(_scale(config, _first(config.get("expert_alpha_pattern"), name, alpha), rank))
     for position, expert in enumerate(adapted):

@@ -1,7 +1,7 @@
-"""The readers that are fuzzed: one function each, which returns whether what it read was checked, or raises.
+"""The readers that are fuzzed: one function each. It raises `Wrong` if what it accepts is not what the bytes say.
 
-An input may be refused with a `ValueError` or an `OSError` that says of which file or option. What is accepted has to be
-right: it is compared with what safetensors' own loader and plain JSON make of the same bytes. `Wrong` says that it is not.
+An input may be refused with a `ValueError` or an `OSError` that says of which file or option. What is accepted has to
+be right: it is compared with what safetensors' own loader and plain JSON make of the same bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Wrong(Exception):
 
 
 class Setting:
-    """What all inputs of a process share. Args: folder: of the seeds; `adapter` and `base` are remade for each input."""
+    """What all inputs of a process share. Args: folder: of the seeds, and of `adapter` and `changed`, the input."""
 
     def __init__(self, folder: Path, model: Any) -> None:
         self.folder, self.model = folder, model
@@ -79,7 +79,16 @@ def config(setting: Setting) -> None:
     """`MoELoraConfig.from_pretrained`."""
     found = MoELoraConfig.from_pretrained(str(setting.adapter))
     said = json.loads((setting.adapter / CONFIG).read_text())
-    for option in ("r", "lora_alpha", "expert_r", "expert_alpha", "use_dora", "use_rslora", "split_gate_up", "share_experts"):
+    for option in (
+        "r",
+        "lora_alpha",
+        "expert_r",
+        "expert_alpha",
+        "use_dora",
+        "use_rslora",
+        "split_gate_up",
+        "share_experts",
+    ):
         if option in said and hasattr(found, option) and getattr(found, option) != said[option]:
             raise Wrong(f"{option} is {getattr(found, option)!r}, the file says {said[option]!r}")
 
@@ -101,11 +110,11 @@ def inspect(setting: Setting) -> None:
 
 
 def load(setting: Setting) -> None:
-    """`PeftModel.from_pretrained`: every tensor of the file is in the model, and no other."""
+    """`PeftModel.from_pretrained`: every tensor of the file is in the model."""
     if json.loads((setting.adapter / CONFIG).read_bytes())["peft_type"] != "MOELORA":
         raise ValueError(f"{CONFIG}: not this package's")  # PEFT reads it alone
     model = PeftModel.from_pretrained(copy.deepcopy(setting.model), setting.adapter)
-    held, wanted = get_peft_model_state_dict(model), tensors_of(setting.adapter / TENSORS)
+    held, wanted = model.state_dict() | get_peft_model_state_dict(model), tensors_of(setting.adapter / TENSORS)
     for key, value in wanted.items():
         if key not in held:
             raise Wrong(f"{key} is not in the model")
@@ -159,7 +168,16 @@ def outcome(reader: str, setting: Setting) -> str:
 
 
 def _says_where(message: str, setting: Setting) -> bool:
-    names = (str(setting.folder), "adapter_", "adapter 'default'", "adapter 'adapter'", "LoraConfig: `", "model.layers.", "lm_head", "embed_tokens")
+    names = (
+        str(setting.folder),
+        "adapter_",
+        "adapter 'default'",
+        "adapter 'adapter'",
+        "LoraConfig: `",
+        "model.layers.",
+        "lm_head",
+        "embed_tokens",
+    )
     return any(name in message for name in names)
 
 

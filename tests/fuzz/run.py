@@ -114,7 +114,9 @@ def _process(seed: int, start: int, stop: int, kept: Path, take: Callable[[dict[
         text = errors.read()
     if at < start:
         raise RuntimeError(f"no input could be read at all (exit code {code}):\n{text[-3000:]}")
-    take({"failed": [at, "", "process", problem or f"crashed: exit code {code}: {text[-500:]}"], "done": at + 1 - since})
+    take(
+        {"failed": [at, "", "process", problem or f"crashed: exit code {code}: {text[-500:]}"], "done": at + 1 - since}
+    )
     return at + 1
 
 
@@ -139,8 +141,8 @@ def as_table(report: Report) -> str:
     words = sorted({name.partition(": ")[2] for name in report.counts} | {"right", "refused"}, reverse=True)
     versions = ", ".join(f"{one} {version(one)}" for one in ("torch", "transformers", "peft", "safetensors"))
     lines = [
-        f"{date.today()}, Python {platform.python_version()}, {versions}: {report.inputs:,} inputs of seed {report.seed} "
-        f"in {report.seconds / 60:.0f} minutes, the slowest reader took {report.slowest:.2f} s for one.",
+        f"{date.today()}, Python {platform.python_version()}, {versions}: {report.inputs:,} inputs of seed "
+        f"{report.seed} in {report.seconds / 60:.0f} minutes, the slowest reader took {report.slowest:.2f} s for one.",
         f"Limits: {SECONDS} s and {MEMORY // 2**20} MiB above what a process holds after reading valid input. "
         f"Inputs that a reader failed on: {len(report.failures)}.",
         "",

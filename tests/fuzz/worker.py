@@ -1,4 +1,4 @@
-"""One process of a run: it makes inputs, shows them to the readers, and prints what came of it, a JSON object a line."""
+"""One process of a run: it makes inputs, shows them to the readers, and prints what came of it, JSON line by line."""
 
 from __future__ import annotations
 

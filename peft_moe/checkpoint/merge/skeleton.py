@@ -32,7 +32,8 @@ def skeletons(folder: Path, trust_remote_code: bool) -> Iterator[Any]:
             del one.quantization_config  # of plain modules only names and shapes are asked
     seen: set[type] = set()
     own_code = not type(config).__module__.startswith("transformers.")
-    for name in () if own_code else config.architectures or ():
+    stated = config.architectures if isinstance(config.architectures, list) else []
+    for name in () if own_code else stated:
         found = model_class(name)
         if found is not None:
             with _building(folder), torch.device("meta"):
