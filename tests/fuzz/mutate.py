@@ -112,7 +112,7 @@ def _change_header(rng: random.Random, content: dict[str, Any], names: list[str]
     elif kind == 4:
         one["data_offsets"][rng.randrange(2)] = rng.choice(NUMBERS)
     elif kind == 5:
-        one["data_offsets"] = [at + rng.choice((-8, -4, -1, 1, 4, 8)) for at in one["data_offsets"]]
+        one["data_offsets"] = [(at or 0) + rng.choice((-8, -4, -1, 1, 4, 8)) for at in one["data_offsets"]]
     elif kind == 6:  # each other's bytes
         one["data_offsets"], two["data_offsets"] = two["data_offsets"], one["data_offsets"]
     elif kind == 7:  # each other's names
