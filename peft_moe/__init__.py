@@ -5,6 +5,7 @@ transformers, and changes nothing else.
 """
 
 from .auto import auto_enable_grouped_experts
+from .checkpoint.formats import export_adapter, import_adapter
 from .checkpoint.merge import merge_checkpoint
 from .checkpoint.packed import packed_config
 from .config import MoELoraConfig
@@ -25,6 +26,8 @@ __all__ = [
     "auto_enable_grouped_experts",
     "disable_grouped_experts",
     "enable_grouped_experts",
+    "export_adapter",
+    "import_adapter",
     "merge_checkpoint",
     "packed_config",
     "quantize_experts",

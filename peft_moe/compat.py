@@ -5,6 +5,7 @@ Checked against peft 0.21.2, transformers 4.57.6 and 5.23.0. `tests/test_compat.
 
 from __future__ import annotations
 
+import copy
 import enum
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -43,6 +44,11 @@ try:
 except ImportError:  # transformers 4 converts no weights
     core_model_loading = get_model_conversion_mapping = None  # type: ignore[assignment]
 
+try:
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+except ImportError:  # it needs transformers 5
+    convert_peft_config_for_transformers = None
+
 __all__ = [
     "BaseTunerLayer",
     "Bnb4BitHfQuantizer",
@@ -68,10 +74,22 @@ __all__ = [
     "peft_tables",
     "quantizer_registry",
     "regex_parser",
+    "targets_taken_for_experts",
     "through_hook",
 ]
 
 ExcludedModule = _ExcludedModule
+
+
+def targets_taken_for_experts(config: Any, model: Any) -> list[str]:
+    """Entries of `target_modules` that stock PEFT, reading a LORA adapter, turns into parameters of experts."""
+    if convert_peft_config_for_transformers is None or not config.target_modules:
+        return []
+    read = copy.deepcopy(config)
+    convert_peft_config_for_transformers(read, model, None)
+    if isinstance(config.target_modules, str):
+        return sorted(set(read.target_parameters or ()) - set(config.target_parameters or ()))
+    return sorted(set(config.target_modules) - set(read.target_modules))
 
 
 def model_class(name: Any) -> Any:

@@ -117,7 +117,7 @@ class MoELoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         self.file_shapes: dict[str, tuple[int, ...]] | None = None  # no field: not saved
         if type(vars(self).get("peft_type")) is str:  # no member of the enum: it comes from JSON
-            check_types(self)
+            check_types(type(self), vars(self))
         super().__post_init__()
         self.peft_type = peft_type()
         for option in ("rank_pattern", "alpha_pattern"):  # `null` in a file, and PEFT asks for keys

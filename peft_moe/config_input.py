@@ -44,7 +44,7 @@ def checked(folder: str | os.PathLike[str], read: Any) -> Any:
     try:
         config = read()
         if kind == "LORA":  # the class of the other looks at itself
-            check_types(config)
+            check_types(config.__class__, vars(config))
             check_input(config)
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError, ImportError) as error:
         said = "" if isinstance(error, (ValueError, ImportError)) else f"PEFT cannot use it: {type(error).__name__}: "
@@ -88,14 +88,24 @@ def _of_hub(options: Mapping[str, Any]) -> dict[str, Any]:
     return {one: options.get(one) for one in ("revision", "cache_dir", "token")}
 
 
-def check_types(config: LoraConfig) -> None:
-    """Raise `ValueError` for an option of a config from JSON whose value is of another kind than it can have."""
-    for name, kind in _kinds(config.__class__).items():
-        value = vars(config).get(name)
+def check_types(cls: Any, values: Mapping[str, Any], where: Any = None) -> None:
+    """Raise `ValueError` for an option of a config from JSON whose value is of another kind than it can have.
+
+    Args: cls: of the config. values: by option; what is not there is not looked at. where: the file, for messages.
+    """
+    for name, kind in _kinds(cls).items():
+        if name not in values:
+            continue
+        value = values[name]
         if name in _PAIRS and isinstance(value, list):
-            value = dict(value) if all(isinstance(one, list) and len(one) == 2 for one in value) else value
+            value = (
+                dict(value)
+                if all(isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) for one in value)
+                else value
+            )
         if not _fits(value, float if name in _FLOATS else kind):
-            _refuse(config, name, value, f"is of the wrong kind; expected {_text(kind)}")
+            place = cls.__name__ if where is None else where
+            raise ValueError(f"{place}: `{name}={str(value)[:200]!r}` is of the wrong kind; expected {_text(kind)}.")
 
 
 def check_input(config: LoraConfig) -> None:

@@ -1,7 +1,8 @@
-"""The part of a model card that says how to load an adapter."""
+"""Model cards: the part that says how to load an adapter, and the whole card of a converted one."""
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -26,6 +27,32 @@ def add_loading_section(directory: str, config: Any) -> None:
     os.replace(temporary, path)
 
 
+def exported_card(config: Any, name: str, consumer: str, converted: Any) -> str:
+    """The card of an adapter in the format of another tool.
+
+    Args: config: of the native adapter. name: of the format. consumer: who reads it. converted: with its `usage`, lines
+        of Markdown, and `facts`.
+    """
+    lines = [*_head(config), HEADING, "", f"It is in the format of {consumer} (`{name}`).", "", *converted.usage, ""]
+    lines += [*_facts(config), *(f"- {fact}" for fact in converted.facts)]
+    lines += ["- converted by `peft-moe`, whose `import_adapter` makes it native again", ""]
+    return "\n".join(lines)
+
+
+def imported_card(config: Any, name: str, converted: Any) -> str:
+    """The card of a native adapter that was converted from a format."""
+    facts = [f"- {fact}" for fact in (f"converted from the format `{name}`", *converted.facts)]
+    return "\n".join([*_head(config), _section(config).rstrip(), *facts, ""])
+
+
+def _head(config: Any) -> list[str]:
+    """What the hub reads of a card, and a title."""
+    base = config.base_model_name_or_path
+    named = [f"base_model: {json.dumps(base)}"] if base else []
+    tags = ["tags:", f"- {json.dumps('base_model:adapter:' + base)}", "- lora"] if base else ["tags:", "- lora"]
+    return ["---", *named, "library_name: peft", *tags, "---", "", "# Adapter of experts", ""]
+
+
 def _section(config: Any) -> str:
     base = config.base_model_name_or_path or "<base model>"
     lines = [
@@ -43,16 +70,23 @@ def _section(config: Any) -> str:
         'model = PeftModel.from_pretrained(base, "<this folder>")',
         "```",
         "",
+        *_facts(config),
+        f"- tensors: `{config.layout}`, format {config.format_version}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _facts(config: Any) -> list[str]:
+    base = config.base_model_name_or_path or "<base model>"
+    return [
         f"- base model: `{base}`",
         f"- rank and alpha of the experts: {config.expert_r or config.r}, {_alpha(config)}"
         + (", with exceptions by pattern" if config.expert_rank_pattern or config.expert_alpha_pattern else ""),
         f"- rank and alpha of the linears: {config.r}, {config.lora_alpha}",
         f"- expert projections: {', '.join(config.expert_targets) or 'none'}",
         f"- experts: {_experts(config)}",
-        f"- tensors: `{config.layout}`, format {config.format_version}",
-        "",
     ]
-    return "\n".join(lines)
 
 
 def _alpha(config: Any) -> float:

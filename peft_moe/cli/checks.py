@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import random
 import tempfile
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.formats import export_adapter, import_adapter
+from ..checkpoint.formats.fuse import same_bits
 from ..checkpoint.merge import bind
 from ..checkpoint.merge.binding import AdapterFiles
 from ..checkpoint.merge.deltas import ExpertsDelta, LinearDelta
@@ -46,7 +47,7 @@ def check_adapter(
     for group, parameter, change in [*_spread(listed, 2 * layers * experts), *_spread(linears, layers)]:
         if not isinstance(change, ExpertsDelta) or change.low_rank(None, torch.device(device)) is not None:
             slices.append(_check(group, parameter, change, None, torch.device(device), source))
-    ok_export, export = _export(files.folder)
+    ok_export, export = _export(files.folder, source.folder, trust_remote_code)
     return {
         "ok": ok_export and all(one["ok"] for one in slices),
         "tensors": len(files.tensors.entries),
@@ -115,20 +116,27 @@ def _forward(
     return float((found.double() - reference).abs().max() / reference.abs().max())
 
 
-def _export(folder: Path) -> tuple[bool, str]:
-    """Whether every tensor comes back bit for bit from stock PEFT's layout, and what to say of it."""
-    package: Any = importlib.import_module("peft_moe")
-    with tempfile.TemporaryDirectory() as temporary:
-        there, back = Path(temporary) / "there", Path(temporary) / "back"
-        try:
-            package.export_adapter(folder, there, format="peft")
-        except ValueError as error:
-            return True, f"not possible for this adapter: {error}"
-        package.import_adapter(there, back, format="peft")
-        one, other = (TensorFile(path / "adapter_model.safetensors") for path in (folder, back))
-        if set(one.entries) != set(other.entries):
-            return False, "the tensors that came back have other names"
-        different = [key for key in one.entries if not torch.equal(one.read(key), other.read(key))]
+def _export(folder: Path, base: Path, trust_remote_code: bool) -> tuple[bool, str]:
+    """Whether every tensor comes back bit for bit from what stock PEFT reads of this base, and what to say of it."""
+    refused = []
+    options: dict[str, Any] = {"base": base, "trust_remote_code": trust_remote_code, "progress": False}
+    for name in ("peft", "peft-per-expert"):  # of stacks, and of lists of experts
+        with tempfile.TemporaryDirectory() as temporary:
+            there, back = Path(temporary) / "there", Path(temporary) / "back"
+            try:
+                export_adapter(folder, there, format=name, **options)
+            except ValueError as error:
+                refused.append(str(error))
+                continue
+            import_adapter(there, back, format=name, **options)
+            return _same(*(TensorFile(path / "adapter_model.safetensors") for path in (folder, back)))
+    return True, f"not possible for this adapter: {refused[0]}"
+
+
+def _same(one: TensorFile, other: TensorFile) -> tuple[bool, str]:
+    if set(one.entries) != set(other.entries):
+        return False, "the tensors that came back have other names"
+    different = [key for key in one.entries if not same_bits(one.read(key), other.read(key))]
     if different:
         return False, f"{len(different)} tensors changed on the way to PEFT's layout and back: {different[0]}"
     return True, "to stock PEFT's layout and back, bit for bit"

@@ -5,23 +5,65 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
 from torch import Tensor
 
 from ...config import MoELoraConfig
 from ...config_input import read_config
 from ...layouts import ExpertsSpec, ProjectionSpec, find_experts
 from ...patterns import value_of
-from ...settings import nominal_scaling, resolve, scaling_of
+from ...settings import AdapterSettings, nominal_scaling, resolve, scaling_of
 from ...targets import targeted_experts
 from .. import native
 from ..files import check_adapter_tensors
 from ..tensor_file import TensorFile
 from .deltas import Change, ExpertFactors, ExpertsDelta, LinearDelta, Replaced
 
+_CONVERT = '`peft_moe.import_adapter("{folder}", "<new folder>")`, or `peft-moe convert {folder} <new folder>`'
+_OF_EXPERT = re.compile(r"\.experts\.\d+\.\w+\.lora_")
 _LINEAR = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.weight)?")
+
+
+@dataclass(frozen=True)
+class Targeted:
+    """An experts module that an adapter changes.
+
+    Attributes: name: its path. spec: how the model holds it. settings: what the adapter asks of it.
+        keys: `(slot, factor)` -> key in the file.
+    """
+
+    name: str
+    spec: ExpertsSpec
+    settings: AdapterSettings
+    keys: dict[tuple[str, str], str]
+
+    def projections(self) -> list[ProjectionSpec]:
+        """The adapted ones."""
+        return [one for one in self.spec.projections if one.name in self.settings.projections]
+
+
+def targeted_by(config: LoraConfig, shapes: dict[str, tuple[int, ...]], model: Any, adapter: str) -> list[Targeted]:
+    """The experts modules of a model that an adapter changes, each with its keys in the file.
+
+    Args: shapes: of the file. model: on the meta device. adapter: its name, for messages.
+
+    Raises `ValueError` naming the tensors that are missing, that nothing takes, or whose shape is another.
+    """
+    if not isinstance(config, MoELoraConfig):
+        return []
+    targets = targeted_experts(model, config, find_experts(model))
+    settings = {name: resolve(config, spec, name) for name, spec in targets.items()}
+    wanted = {name: native.expected_shapes(name, spec, settings[name]) for name, spec in targets.items()}
+    expected = {key: shape for one in wanted.values() for key, shape in one.items()}
+    keys = native.check_shapes(shapes, expected, adapter)
+    return [
+        Targeted(name, spec, settings[name], {native.split_expert_key(key)[1:]: keys[key] for key in wanted[name]})
+        for name, spec in targets.items()
+    ]
 
 
 class AdapterFiles:
@@ -42,7 +84,7 @@ class AdapterFiles:
         if getattr(self.config, "target_parameters", None) and not stock:
             raise ValueError(
                 f"{folder} is an adapter of PEFT's `target_parameters`, whose experts lie in another layout. Convert "
-                "it first: `peft_moe.import_adapter(src, dst)`, or `peft-moe convert`."
+                f"it first: {_CONVERT.format(folder=folder)}."
             )
         for option in ("trainable_token_indices", "layer_replication"):
             if getattr(self.config, option, None):
@@ -62,7 +104,7 @@ class AdapterFiles:
         Raises `ValueError` naming the tensors that fit nothing, are missing, or would be used twice.
         """
         shapes = self.shapes()
-        changes, used = self._experts(model, shapes)
+        changes, used = self._experts(model)
         linears = {key: shape for key, shape in shapes.items() if key not in set(used)}
         known = model.state_dict()
         replaced: dict[str, Replaced] = {}
@@ -85,7 +127,7 @@ class AdapterFiles:
             one = changes.setdefault(parameter, new)
             if isinstance(one, LinearDelta):
                 one.instead = new
-        _check_used(shapes, used, self.name)
+        _check_used(shapes, used, self.folder)
         native.check_linears(linears, model, self.config, self.name)
         for parameter, change in changes.items():
             _check_value(change, parameter, known[parameter], shapes, self.name)
@@ -116,31 +158,25 @@ class AdapterFiles:
         alpha = value_of(self.config.alpha_pattern, path, self.config.lora_alpha)
         return scaling_of(self.config, alpha, rank)
 
-    def _experts(self, model: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Change], list[str]]:
-        config = self.config
-        if not isinstance(config, MoELoraConfig):
-            return {}, []
-        targets = targeted_experts(model, config, find_experts(model))
-        expected: dict[str, tuple[int, ...]] = {}
-        for name, spec in targets.items():
-            expected |= native.expected_shapes(name, spec, resolve(config, spec, name))
-        keys = native.check_shapes(shapes, expected, self.name)
+    def targeted(self, model: Any) -> list[Targeted]:
+        """The experts modules of a model that the adapter changes. See `targeted_by`."""
+        return targeted_by(self.config, self.shapes(), model, self.name)
+
+    def _experts(self, model: Any) -> tuple[dict[str, Change], list[str]]:
         changes: dict[str, Change] = {}
+        used: list[str] = []
         cache: dict[ExpertFactors, Any] = {}
-        for name, spec in targets.items():
-            settings = resolve(config, spec, name)
-            for projection in spec.projections:
-                if projection.name not in settings.projections:
-                    continue
-                mine = {
-                    (slot, factor): keys[f"{native.PREFIX}{name}.{slot}.{factor}"]
-                    for slot in settings.slots(projection)
-                    for factor in settings.shapes(projection, slot, spec.num_experts)
-                }
-                scaling = nominal_scaling(config)
-                one = ExpertFactors(self.tensors, mine, settings, projection, scaling, spec.num_experts, cache)
-                changes |= _parameters(model, name, spec, projection, one)
-        return changes, list(keys.values())
+        for one in self.targeted(model):
+            for projection in one.projections():
+                slots = one.settings.slots(projection)
+                mine = {where: key for where, key in one.keys.items() if where[0] in slots}
+                used += mine.values()
+                scaling = nominal_scaling(self.config)
+                made = ExpertFactors(
+                    self.tensors, mine, one.settings, projection, scaling, one.spec.num_experts, cache
+                )  # fmt: skip
+                changes |= _parameters(model, one.name, one.spec, projection, made)
+        return changes, used
 
 
 def _parameters(
@@ -162,15 +198,18 @@ def _parameters(
     return found
 
 
-def _check_used(shapes: dict[str, tuple[int, ...]], used: list[str], adapter: str) -> None:
+def _check_used(shapes: dict[str, tuple[int, ...]], used: list[str], folder: Path) -> None:
     unused = sorted(set(shapes) - set(used))
     twice = sorted(key for key, count in Counter(used).items() if count > 1)
     if unused or twice:
         parts = [f"not used by this model: {', '.join(unused)}"] if unused else []
         parts += [f"used more than once: {', '.join(twice)}"] if twice else []
+        why = "Was it trained on another model?"
+        if any(_OF_EXPERT.search(key) for key in unused):
+            why = f"If it was trained on lists of experts, convert it first: {_CONVERT.format(folder=folder)}."
         raise ValueError(
-            f"adapter {adapter!r}: every tensor has to be merged once; {'; '.join(parts)}. Was it trained on another "
-            "model? Nothing was written."
+            f"adapter {folder.name!r}: every tensor has to be merged once; {'; '.join(parts)}. {why} Nothing was "
+            "written."
         )
 
 
