@@ -10,10 +10,10 @@ between transformers 4 and 5 in the path of a block is set aside when they are c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 
 from ..layouts import ExpertsSpec
 from ..patterns import value_of
@@ -138,7 +138,17 @@ def check_linears(found: Mapping[str, Sequence[int]], model: nn.Module, config: 
                 f"adapter {adapter!r}: {key}: found shape {tuple(shape)}, expected {expected} (rank and sizes of this "
                 "model and of adapter_config.json). Nothing was loaded."
             )
-    _check_whole(found, modules, config, adapter)
+    _check_whole(found, modules, config, adapter, injected)
+
+
+def _plain_parameters(modules: Mapping[str, nn.Module], config: LoraConfig) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of the modules that an adapter saves whole, where they are plain numbers; by name in the file."""
+    for path, module in modules.items():
+        if any(path.endswith(saved) for saved in config.modules_to_save or ()):  # as PEFT finds them
+            base = getattr(module, "original_module", module)
+            for name, parameter in base.named_parameters():
+                if parameter.is_floating_point():
+                    yield f"{path}.{name}", parameter
 
 
 def check_taken(loaded: Iterable[str], model: nn.Module, adapter: str) -> None:
@@ -161,9 +171,16 @@ def _holds(module: nn.Module, adapter: str) -> bool:
 
 
 def _check_whole(
-    found: Mapping[str, Sequence[int]], modules: Mapping[str, nn.Module], config: LoraConfig, adapter: str
+    found: Mapping[str, Sequence[int]],
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    adapter: str,
+    injected: bool,
 ) -> None:
-    """Raise `ValueError` for a factor without its other half, a saved module that is missing, or an unknown tensor."""
+    """Raise `ValueError` for a factor without its other half, a saved module that is missing, or an unknown tensor.
+
+    Args: injected: the modules have their adapters already, and saved modules their names in memory.
+    """
     keys = {full_key(key) for key in found}
     missing = []
     for key in keys:
@@ -175,6 +192,15 @@ def _check_whole(
             missing.append(f"{saved} (of `modules_to_save`)")
     if config.trainable_token_indices and not any("trainable_tokens_delta" in key for key in keys):
         missing.append("the values of `trainable_token_indices`")
+    shapes = {} if injected else {name: one.shape for name, one in _plain_parameters(modules, config)}
+    missing += [name for name in shapes if PREFIX + name not in keys]
+    for key, shape in found.items():
+        wanted = shapes.get(full_key(key).removeprefix(PREFIX), shape)
+        if tuple(shape) != tuple(wanted):
+            raise ValueError(
+                f"adapter {adapter!r}: {key}: found shape {tuple(shape)}, expected {tuple(wanted)} (of "
+                "`modules_to_save`). Nothing was loaded."
+            )
     extra = [key for key in keys - expert_keys(keys) if not _has_owner(key, modules)]
     if missing or extra:
         parts = [f"missing {_some(sorted(missing))}"] if missing else []

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from tests.fuzz import mutate
-from tests.fuzz.seeds import ADAPTERS, CONFIG, INDEX, TENSORS
+from tests.fuzz.seeds import ADAPTERS, CONFIG, INDEX, STOCK, TENSORS
 
 #: kind -> how often, and which readers see such inputs besides those of all
 KINDS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -24,7 +24,7 @@ KINDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "index": (5, ("merge",)),
     "config of the base": (3, ("merge",)),
 }
-EVERY = 8  # the slow readers, `load` and `merge`, see each input of this many anyhow
+EVERY = 6  # the slow readers see each input of this many anyhow
 
 
 class Inputs:
@@ -32,7 +32,7 @@ class Inputs:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.seed = folder, seed
-        self.names = [*ADAPTERS, "stock"]
+        self.names = [*ADAPTERS, *STOCK]
         self.files = {
             path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
         }
@@ -44,7 +44,7 @@ class Inputs:
         kind = rng.choices([*KINDS], [weight for weight, _ in KINDS.values()])[0]
         readers = list(KINDS[kind][1])
         name, other = rng.choice(self.names), rng.choice(self.names)
-        config, tensors = self._seed(name, CONFIG), self._seed(name, TENSORS)
+        config, tensors = self.seed_of(name, CONFIG), self.seed_of(name, TENSORS)
         start = 8 + int.from_bytes(tensors[:8], "little")
         base: dict[str, bytes] = {}
         if kind == "header bytes":
@@ -63,17 +63,18 @@ class Inputs:
         elif kind == "config structure":
             config = mutate.json_text(rng, json.loads(config))
         elif kind == "files of two adapters":
-            config = self._seed(other, CONFIG)
+            config = self.seed_of(other, CONFIG)
         elif kind == "header and config":
             tensors, config = mutate.header(rng, tensors), mutate.json_text(rng, json.loads(config))
         else:
             base = self._base(rng, kind)
         if number % EVERY == 0 or kind == "tensor bytes":
-            readers += [one for one in ("load", "merge") if one not in readers]
-        self._write({CONFIG: config, TENSORS: tensors}, base)
+            readers += [one for one in ("load", "merge", "convert") if one not in readers]
+        self.write({CONFIG: config, TENSORS: tensors}, base)
         return kind, readers
 
-    def _seed(self, name: str, file: str) -> bytes:
+    def seed_of(self, name: str, file: str) -> bytes:
+        """A file of a seed."""
         return self.files[Path(name) / file]
 
     def _base(self, rng: random.Random, kind: str) -> dict[str, bytes]:
@@ -82,14 +83,14 @@ class Inputs:
         )
         if kind == "shards":
             name = rng.choice(shards)
-            data = self._seed("base", name)
+            data = self.seed_of("base", name)
             if rng.random() < 0.2:
                 return {name: mutate.cut_or_grown(rng, data)}
             if rng.random() < 0.3:
                 return {name: mutate.some_bytes(rng, data, 0, 8 + int.from_bytes(data[:8], "little"))}
             return {name: mutate.header(rng, data)}
         name = INDEX if kind == "index" else "config.json"
-        data = self._seed("base", name)
+        data = self.seed_of("base", name)
         if rng.random() < 0.3:
             return {name: mutate.some_bytes(rng, data)}
         content = json.loads(data)
@@ -102,7 +103,8 @@ class Inputs:
             return {name: json.dumps(content).encode()}
         return {name: mutate.json_text(rng, content)}
 
-    def _write(self, adapter: dict[str, bytes], base: dict[str, bytes]) -> None:
+    def write(self, adapter: dict[str, bytes], base: dict[str, bytes]) -> None:
+        """Put these files of the adapter in place, and a base with these of its files changed."""
         (self.folder / "adapter").mkdir(exist_ok=True)
         for name, data in adapter.items():
             (self.folder / "adapter" / name).write_bytes(data)

@@ -18,14 +18,14 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
-from peft_moe import MoELoraConfig, merge_checkpoint
+from peft_moe import MoELoraConfig, export_adapter, import_adapter, merge_checkpoint
 from peft_moe.checkpoint.header import read_header
 from peft_moe.checkpoint.merge.binding import AdapterFiles
 from peft_moe.checkpoint.merge.skeleton import skeletons
 from peft_moe.checkpoint.tensor_file import TensorFile
 from peft_moe.cli.contents import describe_adapter
 from tests.fuzz.oracle import merged, tensors_of
-from tests.fuzz.seeds import CONFIG, TENSORS
+from tests.fuzz.seeds import CONFIG, TENSORS, stock_format
 
 _SIMILAR = 1e-4
 _LARGE = 1e15  # beyond this sums of squares leave fp32, and two ways of adding differ at will
@@ -41,6 +41,7 @@ class Setting:
     def __init__(self, folder: Path, model: Any) -> None:
         self.folder, self.model = folder, model
         self.adapter, self.base = folder / "adapter", folder / "changed"
+        self.stock_format = stock_format(model)
         self.skeleton = next(skeletons(folder / "base", False))
 
     def shards(self) -> list[Path]:
@@ -111,7 +112,7 @@ def inspect(setting: Setting) -> None:
 
 def load(setting: Setting) -> None:
     """`PeftModel.from_pretrained`: every tensor of the file is in the model."""
-    if json.loads((setting.adapter / CONFIG).read_bytes())["peft_type"] != "MOELORA":
+    if _kind(setting) not in ("MOELORA", None):
         raise ValueError(f"{CONFIG}: not this package's")  # PEFT reads it alone
     model = PeftModel.from_pretrained(copy.deepcopy(setting.model), setting.adapter)
     held, wanted = model.state_dict() | get_peft_model_state_dict(model), tensors_of(setting.adapter / TENSORS)
@@ -138,6 +139,29 @@ def merge(setting: Setting) -> None:
                 raise Wrong(f"{key} differs by {float(error.max())}")
 
 
+def convert(setting: Setting) -> None:
+    """`import_adapter` and `export_adapter`: to the other layout and back, bit for bit."""
+    there, back = setting.folder / "there", setting.folder / "back"
+    for path in (there, back):
+        shutil.rmtree(path, ignore_errors=True)
+    options: dict[str, Any] = {"base": setting.folder / "base", "progress": False}
+    if _kind(setting) == "MOELORA":
+        export_adapter(setting.adapter, there, format=setting.stock_format, **options)
+        returning: Any = import_adapter
+    else:
+        import_adapter(setting.adapter, there, **options)
+        returning = export_adapter
+    try:
+        returning(there, back, format=setting.stock_format, **options)
+    except ValueError as error:
+        raise Wrong(f"does not come back: {error}") from error
+    wanted, found = (tensors_of(path / TENSORS) for path in (setting.adapter, back))
+    if found.keys() != wanted.keys():
+        raise Wrong(f"keys {sorted(found.keys() ^ wanted.keys())[:3]}")
+    for key, value in wanted.items():
+        _same(found[key], value, key)
+
+
 READERS: dict[str, Callable[[Setting], None]] = {
     "header": header,
     "tensors": tensors,
@@ -146,6 +170,7 @@ READERS: dict[str, Callable[[Setting], None]] = {
     "inspect": inspect,
     "load": load,
     "merge": merge,
+    "convert": convert,
 }
 
 
@@ -156,12 +181,12 @@ def outcome(reader: str, setting: Setting) -> str:
             warnings.simplefilter("ignore")
             READERS[reader](setting)
     except (ValueError, OSError) as error:
-        clear = _says_where(str(error), setting) or (reader == "load" and not _is_peft_config(setting))
+        clear = _says_where(str(error), setting) or (reader == "load" and _kind(setting) is None)
         return "refused" if clear else f"unclear: {type(error).__name__}: {str(error)[:300]}"
     except Wrong as error:
         return f"wrong: {error}"
     except Exception as error:
-        if reader == "load" and not _is_peft_config(setting):
+        if reader == "load" and _kind(setting) is None:
             return "refused"  # by PEFT, before it could know whose adapter this is
         return f"leaked: {type(error).__name__}: {str(error)[:300]}"
     return "right"
@@ -181,11 +206,12 @@ def _says_where(message: str, setting: Setting) -> bool:
     return any(name in message for name in names)
 
 
-def _is_peft_config(setting: Setting) -> bool:
+def _kind(setting: Setting) -> Any:
+    """The type that the config states; `None` where PEFT cannot read it."""
     try:
-        return "peft_type" in json.loads((setting.adapter / CONFIG).read_text())
-    except (ValueError, RecursionError, TypeError):
-        return False
+        return json.loads((setting.adapter / CONFIG).read_text())["peft_type"]
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return None
 
 
 def _same(found: Tensor, wanted: Tensor, key: str) -> None:

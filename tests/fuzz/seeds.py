@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from peft_moe import MoELoraConfig
+from peft_moe import MoELoraConfig, export_adapter
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 INDEX = "model.safetensors.index.json"
 _ATTENTION = ["q_proj", "o_proj"]
 
+STOCK = ("stock", "stock experts")  # of PEFT's own type
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": _ATTENTION},
     "ragged": {"target_modules": [], "use_rslora": True, "expert_rank_pattern": {r"experts\.1": 3, r".*\.2": 1}},
@@ -41,6 +43,11 @@ def base_model() -> Any:
     return Qwen3MoeForCausalLM(config).eval()
 
 
+def stock_format(model: Any) -> str:
+    """The format in which stock PEFT reads adapters of this model's experts."""
+    return "peft-per-expert" if isinstance(model.model.layers[0].mlp.experts, nn.ModuleList) else "peft"
+
+
 def write_seeds(folder: Path) -> Any:
     """Write `base` (two shards and an index) and an adapter a name below `folder`. Returns the model."""
     model = base_model()
@@ -58,6 +65,9 @@ def write_seeds(folder: Path) -> Any:
         _write_adapter(model, folder / name, MoELoraConfig(r=2, lora_alpha=4, task_type="CAUSAL_LM", **options))
     stock = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 3}, use_rslora=True)
     _write_adapter(model, folder / "stock", stock)
+    export_adapter(
+        folder / "plain", folder / "stock experts", format=stock_format(model), base=folder / "base", progress=False
+    )
     return model
 
 
