@@ -25,13 +25,12 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils import hotswap
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.quantizers import auto as quantizer_registry
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
-from transformers.utils import cached_file
+from transformers.utils import cached_file, has_file
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 try:
@@ -68,7 +67,7 @@ __all__ = [
     "check_target_module_exists",
     "core_model_loading",
     "get_model_conversion_mapping",
-    "get_pattern_key",
+    "has_file",
     "model_class",
     "onload",
     "onload_below",
@@ -99,9 +98,11 @@ def transformers_major() -> int:
     return int(transformers.__version__.partition(".")[0])
 
 
-def model_class(name: str) -> Any:
-    """The class of transformers that a config names under `architectures`; `None` if this version has none."""
-    return getattr(transformers, name, None)
+def model_class(name: Any) -> Any:
+    """The class of transformers that a config names under `architectures`; `None` if it has no model of that name."""
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else None  # a config from a stranger calls nothing else
 
 
 def add_enum_member(cls: type[enum.Enum], name: str) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,10 +13,11 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from .checkpoint.card import add_loading_section
-from .checkpoint.files import read_shapes
+from .checkpoint.files import check_adapter_tensors
+from .checkpoint.header import read_header
+from .config_input import adapter_home, check_input, check_pickle, check_types, checked
 from .layouts import TARGETS
 from .ops.backends import BACKENDS
-from .ops.grouped import log_once
 from .patterns import check_patterns
 from .registration import peft_type
 
@@ -115,10 +116,14 @@ class MoELoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         self.file_shapes: dict[str, tuple[int, ...]] | None = None  # no field: not saved
+        if type(vars(self).get("peft_type")) is str:  # no member of the enum: it comes from JSON
+            check_types(type(self), vars(self))
         super().__post_init__()
         self.peft_type = peft_type()
+        for option in ("rank_pattern", "alpha_pattern"):  # `null` in a file, and PEFT asks for keys
+            setattr(self, option, getattr(self, option) or {})
         self._check_format()
-        self._check_input()
+        check_input(self)
         self._normalise_targets()
         self._check_numbers()
         self._normalise_indices()
@@ -141,10 +146,19 @@ class MoELoraConfig(LoraConfig):
 
         What does not fit can then be refused before the model is touched.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        file = os.path.join(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        name, below = pretrained_model_name_or_path, subfolder or ""
+        read = functools.partial(super().from_pretrained, name, subfolder, **kwargs)
+        folder = adapter_home(name, below, kwargs)
+        if folder is None:
+            return read()  # which says what is not there
+        config = checked(folder, read)
+        file = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
         if isinstance(config, cls) and os.path.isfile(file):
-            config.file_shapes = read_shapes(file)
+            entries, _ = read_header(file)
+            check_adapter_tensors(file, entries)
+            config.file_shapes = {key: one.shape for key, one in entries.items()}
+        else:
+            check_pickle(name, below, kwargs)
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -175,22 +189,6 @@ class MoELoraConfig(LoraConfig):
             )
         if self.layout != LAYOUT:
             _fail("layout", self.layout, f"is unknown; expected {LAYOUT!r}")
-
-    def _check_input(self) -> None:
-        """A config from a stranger makes nobody wait and imports nothing."""
-        for option in ("rank_pattern", "alpha_pattern"):
-            check_patterns(getattr(self, option) or {}, f"MoELoraConfig: `{option}`")
-        for option in ("target_modules", "exclude_modules", "layers_pattern"):
-            found = getattr(self, option)
-            if isinstance(found, str) or option == "layers_pattern":  # lists of the others are plain names
-                check_patterns([found] if isinstance(found, str) else found or (), f"MoELoraConfig: `{option}`")
-        if self.megatron_core not in (None, "megatron.core"):
-            _fail("megatron_core", self.megatron_core, "names a module to import; expected 'megatron.core'")
-        mapping: dict[str, Any] | None = vars(self).get("auto_mapping")
-        library = (mapping or {}).get("parent_library")
-        if library is not None and library not in sys.modules:
-            log_once(f"auto_mapping: {library!r} is not imported here, and a config imports nothing: it is ignored")
-            self.auto_mapping = None
 
     def _normalise_targets(self) -> None:
         found = self.target_experts

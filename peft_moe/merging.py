@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,9 @@ def dora_delta(low: Tensor, size: Tensor, weight: Tensor, merged: Tensor | None 
         low: `scaling * B A`. size: its magnitudes `(out,)`. weight: the base's.
         merged: the weight with what was merged before; `None`: nothing was.
     """
-    scale = size / (weight + low).norm(dim=1)
+    norm = (weight + low).norm(dim=1)
+    # Squares may leave the range where the sum does not: NaN is found by whoever checks, a row of zeros is not.
+    scale = size / norm.where(norm.isfinite(), math.nan)
     return scale[:, None] * ((weight if merged is None else merged) + low) - weight
 
 

@@ -18,6 +18,7 @@ from .grouped import disable_grouped_experts, group
 from .layer import MoELoraLayer
 from .linears import FP8LoraLinear, check_options, is_fp8_linear
 from .ops.grouped import log_once
+from .ranks import check_ranks
 from .settings import check_against_model, resolve
 from .targets import all_experts, asks_for, check_target_modules, is_inside, targeted_experts
 from .weights import is_packed_linear, put_linear, saved_linear
@@ -89,6 +90,12 @@ class MoELoraModel(LoraModel):
                     "adapted. Name the attention projections to adapt them too"
                 )
             peft_config.target_modules = known if isinstance(known, str) else set(known)
+        everywhere = peft_config.target_modules == "all-linear"
+        check_ranks(
+            self.model, peft_config,
+            lambda name: not is_inside(name, self._experts)
+            and (everywhere or self._check_target_module_exists(peft_config, name)),
+        )  # fmt: skip
         return peft_config
 
     def _create_and_replace(
@@ -335,6 +342,7 @@ class MoELoraModel(LoraModel):
         in_memory = native.PREFIX if any(name.startswith(native.PREFIX) for name, _ in model.named_modules()) else ""
         for own, key in matched.items():
             loaded[f"{in_memory}{own.removeprefix(native.PREFIX)}.{adapter_name}"] = experts[key]
+        native.check_taken(loaded, model, adapter_name)
         return loaded
 
     def subtract_mutated_init(self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None) -> Any:

@@ -7,18 +7,21 @@ references to groups, or several repeats of anything in a row.
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from .compat import get_pattern_key, regex_parser
+from .compat import regex_parser
 
 MAX_LENGTH = 2000
-MAX_COST = 10_000_000  # of all patterns of an option: about the steps of matching one name in the worst case
+MAX_COST = 1_000_000  # of all patterns of an option: one name is then matched in milliseconds in the worst case
+_LEAST = 500  # of one pattern, so that there are at most 2,000
 _WIDE = 100  # places where a repeat of anything, such as `.*`, can end in a name
 _NARROW = 5  # and one of digits, which ends at the next dot
-_OPTIONAL = 2
+_OPTIONAL = 3
 _DIGITS = {str(digit) for digit in range(10)}
 
 
@@ -29,7 +32,7 @@ def check_patterns(patterns: Iterable[Any], where: str) -> None:
     """
     cost = 0
     for pattern in patterns:
-        cost += _cost(pattern, where)
+        cost += max(_LEAST, _cost(pattern, where))
         if cost > MAX_COST:
             raise ValueError(
                 f"{where}={pattern!r} could take very long to match: repeats of arbitrary characters, optional parts "
@@ -59,13 +62,18 @@ def _cost(pattern: Any, where: str) -> int:
 
 def matches(pattern: str, name: str) -> bool:
     """Whether a pattern matches the end of a dotted name, as PEFT matches `rank_pattern`."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return _compiled(pattern).match(name) is not None
 
 
 def value_of(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a dotted name."""
     found = patterns or {}
-    return found.get(get_pattern_key(found.keys(), name), default)  # type: ignore[arg-type]
+    return next((value for pattern, value in found.items() if matches(pattern, name)), found.get(name, default))
+
+
+@functools.lru_cache(maxsize=2 * MAX_COST // _LEAST)  # Python's own cache holds 512, and compiling is slow
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 class _Endless(Exception):
@@ -83,7 +91,7 @@ def _steps(tree: Any, inside: bool) -> int:
         elif name == "BRANCH":
             if inside:
                 raise _Endless("has alternatives inside a repeat")
-            cost *= sum(_steps(branch, inside) for branch in argument[1])
+            cost *= _branch(argument[1])
         elif name == "SUBPATTERN":
             cost *= _steps(argument[-1], inside)
         elif name == "ATOMIC_GROUP":
@@ -93,6 +101,16 @@ def _steps(tree: Any, inside: bool) -> int:
         elif name.startswith("GROUPREF"):
             raise _Endless("refers to one of its groups")
     return cost
+
+
+def _branch(branches: Any) -> int:
+    texts = [tuple(branch) for branch in branches]
+    if all(str(operation) == "LITERAL" for text in texts for operation, _ in text):
+        # Of fixed texts only those go on at one place of a name that are the beginning of one another.
+        starts = {text[:length] for text in texts for length in range(len(text))}
+        counts = Counter(texts)
+        return 1 + sum(text in starts or counts[text] > 1 for text in texts) + len(texts) // 8
+    return 2 * sum(_steps(branch, inside=False) for branch in branches)
 
 
 def _repeat(least: int, most: Any, body: Any, inside: bool) -> int:

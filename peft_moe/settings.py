@@ -14,6 +14,7 @@ from torch import Tensor
 from .config import MoELoraConfig
 from .layouts import ExpertsSpec, ProjectionSpec
 from .patterns import matches, value_of
+from .ranks import check_rank
 
 
 @dataclass
@@ -241,6 +242,8 @@ def decomposes(init: bool | str) -> bool:
 
 def _check_start(config: MoELoraConfig, spec: ExpertsSpec, settings: AdapterSettings, name: str) -> None:
     """Raise `ValueError` for ranks with which an initialisation cannot start."""
+    for projection in spec.projections if settings.ranks else ():
+        check_rank(settings.rank, projection.in_features, projection.out_features, f"{name}.{projection.name}")
     init = config.init_lora_weights
     odd = sorted({rank for rank in settings.ranks if rank % 2})
     if init == "orthogonal" and odd:

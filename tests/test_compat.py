@@ -196,7 +196,7 @@ def test_an_exact_name_goes_past_layers_to_transform():
 
 
 def test_get_pattern_key():
-    found = [compat.get_pattern_key(["b.1", r"layers\.0.*"], key) for key in ("a.b.1", "x.layers.0.b", "c", "ab.1")]
+    found = [other.get_pattern_key(["b.1", r"layers\.0.*"], key) for key in ("a.b.1", "x.layers.0.b", "c", "ab.1")]
     assert found == ["b.1", r"layers\.0.*", "c", "ab.1"], moved("get_pattern_key", found, "the first match of a suffix")
 
 

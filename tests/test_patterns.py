@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
 
 from peft_moe import MoELoraConfig
 from peft_moe.patterns import check_patterns, matches, value_of
@@ -22,6 +22,7 @@ NAME = "base_model.model.model.layers.47.mlp.experts.127"
         r"layers\.0\.mlp\.experts\.\d+",
         r"model\.layers\.(?:1[0-9]|2[0-3])\.mlp\.experts\.\d{1,3}",
         "experts",
+        rf".*\.layers\.({'|'.join(map(str, range(48)))})\..*(q|k|v|o)_proj",
         "|".join(f"layers.{layer}.mlp.experts.{expert}" for layer in range(4) for expert in range(8)),
     ],
 )
@@ -38,6 +39,8 @@ def test_usual_patterns_are_accepted(pattern: str) -> None:
         ("a?" * 30 + "a" * 30, "very long"),
         ("(a|a)" * 30, "very long"),
         (r".*.*.*.*.*x", "very long"),
+        ("(.|.|.|.|.|.|.|.|.|.)" * 8, "very long"),
+        ("(?:.?)" * 20, "very long"),
         (r"(a)\1", "refers to one of its groups"),
         (r"(", "not a regular expression"),
         (r"a{99999999999999999999}", "not a regular expression"),
@@ -95,4 +98,16 @@ def test_matching_is_that_of_the_end_of_a_name() -> None:
     assert matches(r"experts\.\d+", NAME) and not matches(r"xperts\.\d+", NAME) and not matches("experts", NAME)
     values = {"a": 1, r"experts\.127": 2, r".*127": 3}
     assert value_of(values, NAME, 4) == 2 and value_of(values, "b", 4) == 4 and value_of(None, NAME, 5) == 5
-    assert re.match(rf"(.*\.)?({list(values)[1]})$", NAME)
+    for wanted in ({".*9": 1, "127": 2}, {r"\d+": 3, "127": 4}, {"x": 5}, {NAME: 6, "127": 7}):
+        assert value_of(wanted, NAME, 0) == wanted.get(get_pattern_key(wanted, NAME), 0)
+
+
+def test_many_patterns_on_many_names_are_quick() -> None:
+    """More than Python's own cache of patterns holds."""
+    patterns = {rf"layers\.{n}\.mlp\.experts\.7": n for n in range(2000)}
+    check_patterns(patterns, "option")
+    value_of(patterns, NAME, 0)  # compiled once
+    start = time.perf_counter()
+    for expert in range(20):
+        assert value_of(patterns, f"model.layers.3.mlp.experts.{expert}", -1) == (3 if expert == 7 else -1)
+    assert time.perf_counter() - start < 2

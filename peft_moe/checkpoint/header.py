@@ -8,13 +8,14 @@ of the file.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .json_input import parse_object
 
 MAX_HEADER = 100_000_000  # bytes; safetensors refuses longer ones too
 MAX_NAME = 1000
@@ -85,21 +86,9 @@ def _parse(path: Any, raw: bytes) -> dict[str, Any]:
     if not raw.startswith(b"{"):
         raise _bad(path, "its header does not start with a brace")
     try:
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise _bad(path, f"its header is not JSON: {error}") from error
-    return content  # a dict: it starts with a brace
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands there twice")
-    return found
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not a JSON number")
+        return parse_object(raw)
+    except ValueError as error:
+        raise _bad(path, f"its header: {error}") from error
 
 
 def _extent(path: Any, name: str, said: Any, data: int) -> Entry:
@@ -115,8 +104,10 @@ def _extent(path: Any, name: str, said: Any, data: int) -> Entry:
         raise _bad(path, f"{name} has the shape {str(shape)[:80]}")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _bad(path, f"{name} has the byte range {str(offsets)[:80]}")
+    if math.prod(max(one, 1) for one in shape) * BITS[code] > _LARGEST:  # also where another axis is empty: strides
+        raise _bad(path, f"{name} has the shape {str(shape)[:80]}")
     needed = math.prod(shape) * BITS[code]
-    if needed > _LARGEST or needed % 8 or needed // 8 != offsets[1] - offsets[0]:
+    if needed % 8 or needed // 8 != offsets[1] - offsets[0]:
         raise _bad(path, f"{name} needs {needed // 8} bytes as {code} {tuple(shape)}, found {offsets[1] - offsets[0]}")
     return Entry(code, tuple(shape), data + offsets[0], data + offsets[1])
 

@@ -10,10 +10,10 @@ between transformers 4 and 5 in the path of a block is set aside when they are c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 
 from ..layouts import ExpertsSpec
 from ..patterns import value_of
@@ -111,9 +111,10 @@ def check_linears(found: Mapping[str, Sequence[int]], model: nn.Module, config: 
     Args: found: key -> shape. model: the base model, with or without adapters, or the PEFT model around it.
     """
     modules = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
+    injected = any(_holds(module, adapter) for module in modules.values())
     for key, shape in found.items():
         name = _LINEAR_FACTOR.fullmatch(full_key(key).removeprefix(PREFIX))
-        if name is None or len(shape) != 2:
+        if name is None:
             continue
         path, factor = name.groups()
         module = modules.get(path)
@@ -121,6 +122,11 @@ def check_linears(found: Mapping[str, Sequence[int]], model: nn.Module, config: 
             raise ValueError(
                 f"adapter {adapter!r}: {key}: this model has no module {path}. Was the adapter trained on another "
                 "model or with another version of transformers? Nothing was loaded."
+            )
+        if injected and not _holds(module, adapter):
+            raise ValueError(
+                f"adapter {adapter!r}: {key}: adapter_config.json does not target {path}, and nothing takes it. Are "
+                "the two files of one adapter?"
             )
         sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
         if None in sizes:
@@ -132,13 +138,49 @@ def check_linears(found: Mapping[str, Sequence[int]], model: nn.Module, config: 
                 f"adapter {adapter!r}: {key}: found shape {tuple(shape)}, expected {expected} (rank and sizes of this "
                 "model and of adapter_config.json). Nothing was loaded."
             )
-    _check_whole(found, modules, config, adapter)
+    _check_whole(found, modules, config, adapter, injected)
+
+
+def _plain_parameters(modules: Mapping[str, nn.Module], config: LoraConfig) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of the modules that an adapter saves whole, where they are plain numbers; by name in the file."""
+    for path, module in modules.items():
+        if any(path.endswith(saved) for saved in config.modules_to_save or ()):  # as PEFT finds them
+            base = getattr(module, "original_module", module)
+            for name, parameter in base.named_parameters():
+                if parameter.is_floating_point():
+                    yield f"{path}.{name}", parameter
+
+
+def check_taken(loaded: Iterable[str], model: nn.Module, adapter: str) -> None:
+    """Raise `ValueError` for names of tensors that a model with its adapters in place has no place for.
+
+    PEFT leaves them out without a word.
+    """
+    known = {name.removeprefix(PREFIX) for name in model.state_dict()}
+    extra = sorted(name for name in loaded if name.removeprefix(PREFIX) not in known)
+    if extra:
+        raise ValueError(
+            f"adapter {adapter!r}: its tensors do not fit the model: not used by this model {_some(extra)}. Is its "
+            "adapter_config.json that of another adapter?"
+        )
+
+
+def _holds(module: nn.Module, adapter: str) -> bool:
+    """Whether a module is a layer of PEFT with this adapter."""
+    return any(adapter in (getattr(module, name, None) or ()) for name in ("lora_A", "lora_embedding_A"))
 
 
 def _check_whole(
-    found: Mapping[str, Sequence[int]], modules: Mapping[str, nn.Module], config: LoraConfig, adapter: str
+    found: Mapping[str, Sequence[int]],
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    adapter: str,
+    injected: bool,
 ) -> None:
-    """Raise `ValueError` for a factor without its other half, a saved module that is missing, or an unknown tensor."""
+    """Raise `ValueError` for a factor without its other half, a saved module that is missing, or an unknown tensor.
+
+    Args: injected: the modules have their adapters already, and saved modules their names in memory.
+    """
     keys = {full_key(key) for key in found}
     missing = []
     for key in keys:
@@ -148,6 +190,17 @@ def _check_whole(
     for saved in config.modules_to_save or ():
         if not any(f".{saved}." in f".{key.removeprefix(PREFIX)}" for key in keys):
             missing.append(f"{saved} (of `modules_to_save`)")
+    if config.trainable_token_indices and not any("trainable_tokens_delta" in key for key in keys):
+        missing.append("the values of `trainable_token_indices`")
+    shapes = {} if injected else {name: one.shape for name, one in _plain_parameters(modules, config)}
+    missing += [name for name in shapes if PREFIX + name not in keys]
+    for key, shape in found.items():
+        wanted = shapes.get(full_key(key).removeprefix(PREFIX), shape)
+        if tuple(shape) != tuple(wanted):
+            raise ValueError(
+                f"adapter {adapter!r}: {key}: found shape {tuple(shape)}, expected {tuple(wanted)} (of "
+                "`modules_to_save`). Nothing was loaded."
+            )
     extra = [key for key in keys - expert_keys(keys) if not _has_owner(key, modules)]
     if missing or extra:
         parts = [f"missing {_some(sorted(missing))}"] if missing else []

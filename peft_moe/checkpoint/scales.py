@@ -7,7 +7,6 @@ looked at (its shape, its dtype, its values, whether all experts have it) before
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..weights.built import split_path
 from ..weights.fp8 import FP8Piece, find_scale, has_float8, scale_names
 from ..weights.grid import E8M0, FLOAT8
 from .files import read_shapes
+from .json_input import read_object
 
 _SUFFIXES = ("_scale_inv", "_scale")
 _LEAVES = {  # of single experts, in the order in which their rows follow each other
@@ -65,8 +65,7 @@ def checkpoint_files(path: str) -> list[str]:
     index, single = "model.safetensors.index.json", "model.safetensors"
     if given.is_dir():
         if (given / index).is_file():
-            names = json.loads((given / index).read_text())["weight_map"].values()
-            files = [given / name for name in sorted(set(names))]
+            files = [given / name for name in _shards(given / index)]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise ValueError(f"{path}: {index} names {', '.join(missing)}, which are not there")
@@ -91,11 +90,22 @@ def _cached(name: str, index: str, single: str) -> list[str]:
     }
     try:
         listing = cached_file(name, index, **options)
-        names = [single] if listing is None else json.loads(Path(listing).read_text())["weight_map"].values()
-        files = [cached_file(name, one, **options) for one in sorted(set(names))]
+        names = [single] if listing is None else _shards(Path(listing))
+        files = [cached_file(name, one, **options) for one in names]
     except (OSError, HFValidationError):  # not there, or not a name that the hub could have
         return []
     return [str(file) for file in files if file is not None]
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names. Raises `ValueError` for an index without them, and for a name that is a path."""
+    found = read_object(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{index}: expected a `weight_map` of tensors to files")
+    for name in found.values():
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+            raise ValueError(f"{index} names {name!r}, expected safetensors files that lie beside it")
+    return sorted(set(found.values()))
 
 
 def missing_scales(model: nn.Module) -> list[FP8Piece]:

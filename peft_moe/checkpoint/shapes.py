@@ -9,7 +9,7 @@ from ..settings import adapted_experts, resolve
 from . import native
 from .merge.binding import AdapterFiles
 
-_MOST = 4096  # experts that are looked for where ranks differ and the file does not say how many there are
+_MOST = 4096  # experts of a module
 
 
 def modules_of(files: AdapterFiles) -> dict[str, dict[tuple[str, str], str]]:
@@ -28,9 +28,20 @@ def spec_of(files: AdapterFiles, name: str, keys: dict[tuple[str, str], str]) ->
     experts behind the last adapted one.
 
     Args: keys: of the module, as `modules_of` gives them.
+
+    Raises `ValueError` for factors without their other half, or of shapes that no experts have.
     """
     shapes = {where: files.tensors.entries[key].shape for where, key in keys.items()}
     names = [slot for slot, factor in shapes if factor == "lora_B"]
+    for slot, factor in shapes:
+        a, b = (shapes.get((slot, one), ()) for one in ("lora_A", "lora_B"))
+        if len(a) not in (2, 3) or len(a) != len(b) or ("gate_proj" in names) > ("up_proj" in names):
+            raise ValueError(
+                f"{files.tensors.path}: {keys[slot, factor]}: found factors of shapes {a} and {b}, expected (experts, "
+                "r, in) and (experts, out, r), or (ranks, in) and (ranks, out)"
+            )
+        if len(a) == 3 and max(a[0], b[0]) > _MOST:
+            raise ValueError(f"{files.tensors.path}: {keys[slot, factor]}: found {max(a[0], b[0])} experts")
     slots = {slot: (shapes[slot, "lora_B"][1], shapes[slot, "lora_A"][-1]) for slot in names}
     projections = []
     if "gate_proj" in slots:
@@ -43,8 +54,10 @@ def spec_of(files: AdapterFiles, name: str, keys: dict[tuple[str, str], str]) ->
     first = next(iter(slots), "gate_proj")
     a, b = shapes[first, "lora_A"], shapes[first, "lora_B"]
     chosen = adapted_experts(files.config, ExpertsSpec(_MOST, (), None), name)
+    if chosen == ():
+        raise ValueError(f"{files.tensors.path}: {name}: found tensors, and `expert_indices` of its config names none")
     if chosen is not None:
-        count = chosen[-1] + 1 if chosen else 0
+        count = chosen[-1] + 1
     elif len(a) == 3:
         count = max(a[0], b[0])
     else:
@@ -52,7 +65,8 @@ def spec_of(files: AdapterFiles, name: str, keys: dict[tuple[str, str], str]) ->
         totals = list(accumulate(ranks))
         if a[0] not in totals:
             raise ValueError(
-                f"{keys[first, 'lora_A']}: {a[0]} rows fit no number of experts of the ranks in adapter_config.json"
+                f"{files.tensors.path}: {keys[first, 'lora_A']}: {a[0]} rows fit no number of experts of the ranks in "
+                "adapter_config.json"
             )
         count = totals.index(a[0]) + 1
     return ExpertsSpec(count, tuple(projections), None)

@@ -52,6 +52,8 @@ def _layers(files: AdapterFiles) -> Iterator[dict[str, Any]]:
     for name, keys in modules_of(files).items():
         spec = spec_of(files, name, keys)
         settings = resolve(files.config, spec, name)
+        found = {native.full_key(key): files.tensors.entries[key].shape for key in keys.values()}
+        native.check_shapes(found, native.expected_shapes(name, spec, settings), files.name)
         for projection in spec.projections:
             slots = settings.slots(projection)
             mine = {where: key for where, key in keys.items() if where[0] in slots}
@@ -75,8 +77,13 @@ def _layers(files: AdapterFiles) -> Iterator[dict[str, Any]]:
 
 
 def delta_norms(a: Tensor, b: Tensor) -> Tensor:
-    """`(E,)`: Frobenius norms of `B A`, from the Gram matrices of A `(E, r, in)` and B `(E, out, r)`."""
+    """`(E,)`: Frobenius norms of `B A`, from the Gram matrices of A `(E, r, in)` and B `(E, out, r)`.
+
+    From the product itself where that is smaller, so that memory is bounded by that of the factors.
+    """
     a, b = a.double(), b.double()
+    if a.shape[1] ** 2 > a.shape[2] * b.shape[1]:
+        return (b @ a).square().sum((1, 2)).sqrt()
     return ((a @ a.mT) * (b.mT @ b)).sum((1, 2)).clamp(min=0).sqrt()
 
 
@@ -91,6 +98,11 @@ def _linears(files: AdapterFiles) -> Iterator[dict[str, Any]]:
         a, b = files.tensors.read(key), files.tensors.read(other)
         if a.dim() != 2 or b.dim() != 2:
             continue
+        if a.shape[0] != b.shape[1]:
+            raise ValueError(
+                f"{files.tensors.path}: {key}: factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, expected (r, "
+                "in) and (out, r)"
+            )
         norm = float(delta_norms(a[None], b[None])[0]) * files.linear_scaling(path)
         yield {
             "module": path,

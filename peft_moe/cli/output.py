@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 OK, FAILED, USAGE, INPUT, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -71,7 +72,7 @@ def _reraise_if_asked() -> None:
 def _fail(message: str, as_json: bool, code: int) -> None:
     if as_json:
         print(json.dumps({"error": message, "code": code}, indent=2))
-    print(f"peft-moe: {message}", file=sys.stderr)
+    print(f"peft-moe: {_harmless(message)}", file=sys.stderr)
     raise typer.Exit(code)
 
 
@@ -84,15 +85,24 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
         numeric = all(isinstance(row[position], (int, float)) for row in rows)
         made.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        made.add_row(*[f"{one:.4g}" if isinstance(one, float) else str(one) for one in row])
+        made.add_row(*[f"{one:.4g}" if isinstance(one, float) else plain(one) for one in row])
     out.print(made)
+
+
+def plain(value: Any) -> str:
+    """The text of a value that may come from a file: neither markup nor codes that a terminal obeys."""
+    return escape(_harmless(str(value)))
+
+
+def _harmless(text: str) -> str:
+    return "".join(one if one.isprintable() or one == "\n" else "\ufffd" for one in text)
 
 
 def facts(pairs: dict[str, Any]) -> None:
     """Print names and values, one a line."""
     width = max(map(len, pairs))
     for name, value in pairs.items():
-        out.print(f"[bold]{name:<{width}}[/bold]  {value}", highlight=False)
+        out.print(f"[bold]{name:<{width}}[/bold]  {plain(value)}", highlight=False)
 
 
 def size(count: float) -> str:

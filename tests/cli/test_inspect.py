@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from peft_moe.cli.contents import delta_norms
 from tests.checkpoint.merge.cases import write_adapter
 from tests.cli.calls import COMMANDS, call, folder, result  # noqa: F401  # a fixture
 from tests.weights.checkpoints import write_fp8
@@ -119,3 +122,41 @@ def test_inspect_a_packed_model(tmp_path: Path) -> None:
     found = result("inspect", tmp_path)
     assert found["quantization"] == "fp8"
     assert {code for one in found["experts"] for code in one["stored_as"]} == {"F8_E4M3"}
+
+
+def test_texts_from_files_are_neither_markup_nor_codes(folder: Path) -> None:  # noqa: F811
+    path = folder / "adapter" / "adapter_config.json"
+    name = "[bold][/nothing] \x1b[2J\x1b]8;;http://x\x07[link=http://x]y"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+    found = call("inspect", folder / "adapter")
+    assert found.exit_code == 0 and "\x1b[2J" not in found.output and "\x1b]8" not in found.output
+    assert "[bold][/nothing] \ufffd[2J" in found.output and "[link=http://x]y" in found.output
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "\x1b[2J"}))
+    found = call("inspect", folder / "adapter")
+    assert found.exit_code == 3 and "\x1b[2J" not in found.output
+
+
+def test_memory_is_bounded_by_the_file(tmp_path: Path) -> None:
+    """Factors whose Gram matrix would be larger than a machine, and whose product is one number."""
+    a, b = torch.randn(1, 200_000, 1), torch.randn(1, 1, 200_000)
+    found = delta_norms(a, b)
+    torch.testing.assert_close(found, (b.double() @ a.double()).abs().view(1))
+
+
+@pytest.mark.parametrize("damage", ["half", "three axes and two", "no expert named", "other rank"])
+def test_tensors_that_are_no_adapter(damage: str, folder: Path) -> None:  # noqa: F811
+    path = folder / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith("down_proj.lora_A"))
+    if damage == "half":
+        del tensors[key]
+    elif damage == "three axes and two":
+        tensors[key] = tensors[key].flatten(0, 1)
+    elif damage == "other rank":
+        tensors[key] = tensors[key][:, :1].contiguous()
+    else:
+        config = folder / "adapter" / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"expert_indices": []}))
+    save_file(tensors, path)
+    found = call("inspect", folder / "adapter")
+    assert found.exit_code == 3 and "experts" in found.output

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 from peft import LoraConfig
 
 from ...config import MoELoraConfig
+from ...config_input import check_types
+from ..json_input import read_object
 from ..merge.source import adapter_folder
 from ..tensor_file import TensorFile
 from .base import Base, missing_base
@@ -24,13 +25,16 @@ _NOT_TAKEN = {"peft_type", "peft_version", "target_parameters"}
 class ForeignAdapter:
     """An adapter folder of any kind.
 
-    Attributes: folder, name, tensors: its files. config: its `adapter_config.json`, unchecked. base: or `None`.
+    Attributes: folder, name, tensors: its files. config: its `adapter_config.json`, of which only kinds of values are
+        checked. base: or `None`.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.folder = adapter_folder(path)
         self.name = self.folder.name
-        self.config = _read_config(self.folder / "adapter_config.json")
+        path = self.folder / "adapter_config.json"
+        self.config = read_object(path)
+        check_types(LoraConfig, self.config, path)
         self.tensors = TensorFile(self.folder / "adapter_model.safetensors")
         self.base: Base | None = None
 
@@ -56,16 +60,6 @@ class ForeignAdapter:
         return Planned(new or key, entry.code, entry.shape, lambda: self.tensors.read(key))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise ValueError(f"{path}: found {type(found).__name__}, expected an object of options")
-    return found
-
-
 def native_config(foreign: Mapping[str, Any], **fields: Any) -> MoELoraConfig:
     """A native config with everything of another one that holds for it, and what is given besides.
 
@@ -74,7 +68,7 @@ def native_config(foreign: Mapping[str, Any], **fields: Any) -> MoELoraConfig:
     known = _OURS if foreign.get("peft_type") == "MOELORA" else _OF_LORA
     taken = {key: value for key, value in foreign.items() if key in known - _NOT_TAKEN}
     try:
-        return MoELoraConfig(**(taken | fields))
+        return MoELoraConfig(**({"peft_type": "MOELORA"} | taken | fields))  # a name: it is looked at as JSON
     except (TypeError, AttributeError) as error:  # a value of a kind that PEFT's own checks do not expect
         raise ValueError(f"adapter_config.json: an option has a value of the wrong kind: {error}") from error
 

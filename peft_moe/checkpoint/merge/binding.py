@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from torch import Tensor
 
 from ...config import MoELoraConfig
+from ...config_input import read_config
 from ...layouts import ExpertsSpec, ProjectionSpec, find_experts
 from ...patterns import value_of
 from ...settings import AdapterSettings, nominal_scaling, resolve, scaling_of
 from ...targets import targeted_experts
 from .. import native
+from ..files import check_adapter_tensors
 from ..tensor_file import TensorFile
 from .deltas import Change, ExpertFactors, ExpertsDelta, LinearDelta, Replaced
 
@@ -75,10 +78,9 @@ class AdapterFiles:
 
     def __init__(self, folder: Path, stock: bool = False) -> None:
         self.folder, self.name = folder, folder.name
-        self.config: Any = PeftConfig.from_pretrained(str(folder))
+        self.config: Any = read_config(folder)
         self.tensors = TensorFile(folder / "adapter_model.safetensors")
-        if not isinstance(self.config, LoraConfig):
-            raise ValueError(f"{folder}: its type is {self.config.peft_type}, expected MOELORA or LORA")
+        check_adapter_tensors(self.tensors.path, self.tensors.entries)
         if getattr(self.config, "target_parameters", None) and not stock:
             raise ValueError(
                 f"{folder} is an adapter of PEFT's `target_parameters`, whose experts lie in another layout. Convert "
@@ -129,7 +131,26 @@ class AdapterFiles:
         native.check_linears(linears, model, self.config, self.name)
         for parameter, change in changes.items():
             _check_value(change, parameter, known[parameter], shapes, self.name)
+            if isinstance(change, LinearDelta):
+                self._check_linear(change, parameter, shapes)
         return changes
+
+    def _check_linear(self, change: LinearDelta, parameter: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raise `ValueError` where the tensors of a linear or an embedding are not what the config says of them."""
+        a, b = (shapes[change.keys[name]] for name in sorted(set(change.keys) - {"lora_magnitude_vector"}))
+        rank = value_of(self.config.rank_pattern, parameter.removesuffix(".weight"), self.config.r)
+        if a[0] != rank:
+            raise ValueError(
+                f"adapter {self.name!r}: {parameter}: found factors of rank {a[0]}, adapter_config.json says {rank}"
+            )
+        size = change.keys.get("lora_magnitude_vector")
+        if (size is not None) != bool(self.config.use_dora):
+            raise ValueError(
+                f"adapter {self.name!r}: {parameter}: magnitudes of DoRA {'are missing' if size is None else 'found'}, "
+                f"and adapter_config.json says `use_dora={self.config.use_dora}`"
+            )
+        if size is not None and math.prod(shapes[size]) != b[0]:
+            raise ValueError(f"adapter {self.name!r}: {size}: found shape {shapes[size]}, expected ({b[0]},)")
 
     def linear_scaling(self, path: str) -> float:
         """Of the linear at a path."""
@@ -212,11 +233,11 @@ def _check_value(
             raise ValueError(f"adapter {adapter!r}: {parameter}: found {sorted(names)}, expected {sorted(wanted)}")
         key = next(iter(change.keys.values()))
         a, b = (shapes[change.keys[name]] for name in sorted(wanted))
-        found = (a[1], b[0]) if embedding else (b[0], a[1])
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
             raise ValueError(
                 f"adapter {adapter!r}: {key}: factors of shapes {a} and {b}, expected (r, in) and (out, r)"
             )
+        found = (a[1], b[0]) if embedding else (b[0], a[1])
     if tuple(found) != tuple(value.shape):
         raise ValueError(
             f"adapter {adapter!r}: {key} would change {parameter} as a tensor of shape {tuple(found)}, which is "

@@ -155,7 +155,15 @@ class Merging:
         for pattern, names in self.group.sources.items():
             found = len(names) if self.group.listed else self.stored[names[0]].shape[0]
             if found != experts:
-                raise ValueError(f"{pattern}: the checkpoint has this of {found} experts, expected {experts}")
+                raise ValueError(
+                    f"{next(iter(shapes))}: the checkpoint has {pattern} of {found} experts, expected {experts}"
+                )
+            strange = [one for number, one in enumerate(names) if f".{number}." not in one]
+            if self.group.listed and strange:  # conversions put them in the order of their names
+                raise ValueError(
+                    f"{next(iter(shapes))}: the checkpoint has {strange[0]} where {pattern} of expert "
+                    f"{names.index(strange[0])} was expected"
+                )
         for slice_ in range(experts) if self.group.listed else [0]:
             self.group.to_source(values, lambda name: self.stored[name].shape, slice_)
 

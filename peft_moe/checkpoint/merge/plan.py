@@ -41,10 +41,18 @@ class Plan:
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The quantization block of a `config.json`, wherever it stands; `None` if there is none."""
-    for place in (config, config.get("text_config") or {}):
-        if place.get("quantization_config"):
-            return dict(place["quantization_config"])
+    for place in _places(config):
+        found = place.get("quantization_config")
+        if found:
+            if not isinstance(found, dict):
+                raise ValueError(f"config.json: `quantization_config` is {str(found)[:80]!r}, expected an object")
+            return dict(found)
     return None
+
+
+def _places(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    text = config.get("text_config")
+    return [config, text] if isinstance(text, dict) else [config]
 
 
 def check_readable(settings: Mapping[str, Any] | None, path: Any) -> tuple[int, int] | None:
@@ -64,7 +72,7 @@ def check_readable(settings: Mapping[str, Any] | None, path: Any) -> tuple[int, 
 
 def stated_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """The 16-bit dtype that a `config.json` states for its model; bfloat16 if it states none."""
-    for place in (config, config.get("text_config") or {}):
+    for place in _places(config):
         found = getattr(torch, str(place.get("dtype") or place.get("torch_dtype")).removeprefix("torch."), None)
         if found in _HALF:
             return found

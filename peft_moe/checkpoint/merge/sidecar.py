@@ -17,11 +17,23 @@ _ROPE_OUTSIDE = ("rope_theta", "partial_rotary_factor")
 
 
 def other_files(folder: Path) -> Iterator[Path]:
-    """The files to copy, relative to the folder: all but weights, their indexes, the config, and hidden ones."""
+    """The files to copy, relative to the folder: all but weights, their indexes, the config, and hidden ones.
+
+    Raises `ValueError` for a link to a file elsewhere: what it leads to would be copied into the result.
+    """
+    homes = [folder.resolve()]
+    if folder.parent.name == "snapshots":  # of the hub's cache, whose files are links to its blobs
+        homes.append(folder.resolve().parent.parent / "blobs")
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
         if path.is_file() and not hidden and not path.name.endswith(_WEIGHTS) and str(name) != "config.json":
+            target = path.resolve()
+            if not any(target.is_relative_to(home) for home in homes):
+                raise ValueError(
+                    f"{path} is a link to {target}, outside of the folder, and would be copied into the result: put "
+                    "the file itself there, or take the link away"
+                )
             yield name
 
 

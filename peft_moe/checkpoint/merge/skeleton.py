@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ def skeletons(folder: Path, trust_remote_code: bool) -> Iterator[Any]:
     Raises `ValueError` if transformers does not know the architecture.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with _building(folder):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ValueError(
             f"{folder}: transformers cannot read its config ({error}). Names of tensors are matched by the model's own "
@@ -30,10 +32,11 @@ def skeletons(folder: Path, trust_remote_code: bool) -> Iterator[Any]:
             del one.quantization_config  # of plain modules only names and shapes are asked
     seen: set[type] = set()
     own_code = not type(config).__module__.startswith("transformers.")
-    for name in () if own_code else config.architectures or ():
+    stated = config.architectures if isinstance(config.architectures, list) else []
+    for name in () if own_code else stated:
         found = model_class(name)
         if found is not None:
-            with torch.device("meta"):
+            with _building(folder), torch.device("meta"):
                 model = found(config)
             seen.add(type(model))
             yield model
@@ -41,7 +44,7 @@ def skeletons(folder: Path, trust_remote_code: bool) -> Iterator[Any]:
     problem: ValueError | None = None
     for one in (config,) if text is config else (text, config):
         try:
-            with torch.device("meta"):
+            with _building(folder), torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(one, **options)
         except ValueError as error:
             problem = error
@@ -51,6 +54,19 @@ def skeletons(folder: Path, trust_remote_code: bool) -> Iterator[Any]:
         return
     if not seen:
         raise ValueError(f"{folder}: {problem}") from problem
+
+
+@contextmanager
+def _building(folder: Path) -> Iterator[None]:
+    """A config may hold anything: whatever transformers raises for it becomes a `ValueError` that names the folder."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: transformers cannot build a model of its config.json ({type(error).__name__}: {error})"
+        ) from error
 
 
 def kept_in_fp32(model: Any) -> tuple[str, ...]:

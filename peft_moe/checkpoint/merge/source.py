@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ...compat import cached_file
 from ..header import Entry
+from ..json_input import read_object
 from ..scales import checkpoint_files
 from ..tensor_file import TensorFile
 
@@ -19,7 +19,7 @@ class Source:
 
     Attributes: folder: where they lie. shards: file name -> `TensorFile`. owner: key -> file name.
 
-    Raises `ValueError` if there are none, a file is damaged, two hold the same key, or a name leads out of the folder.
+    Raises `ValueError` if there are none, a file is damaged, the config cannot be theirs, or two hold the same key.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -28,8 +28,6 @@ class Source:
         self.shards: dict[str, TensorFile] = {}
         self.owner: dict[str, str] = {}
         for file in files:
-            if file.parent != self.folder:
-                raise ValueError(f"{path}: its index names {file}, which does not lie in {self.folder}")
             self.shards[file.name] = TensorFile(file)
             for key in self.shards[file.name].entries:
                 if key in self.owner:
@@ -38,7 +36,20 @@ class Source:
         config = self.folder / "config.json"
         if not config.is_file():
             raise ValueError(f"{self.folder}: no config.json beside the weights; expected a checkpoint of transformers")
-        self.config: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+        self.config: dict[str, Any] = read_object(config, constants=True)
+        for place in (self.config, *(one for one in self.config.values() if isinstance(one, dict))):
+            self._check_counts(place, config)
+
+    def _check_counts(self, config: dict[str, Any], path: Path) -> None:
+        """Raise `ValueError` for more layers or experts than the files can hold: the model is built to know its names.
+
+        Each layer has tensors of its own, and each expert too, or a slice of one.
+        """
+        entries = [one for shard in self.shards.values() for one in shard.entries.values()]
+        most = max([len(entries), *(one.shape[0] for one in entries if one.shape and one.nbytes)])
+        for name, value in config.items():
+            if ("layers" in name or "experts" in name) and isinstance(value, int) and value > most:
+                raise ValueError(f"{path}: `{name}` is {value}, and its files hold {len(entries)} tensors")
 
     def __contains__(self, key: str) -> bool:
         return key in self.owner
@@ -74,5 +85,8 @@ def adapter_folder(path: str | Path) -> Path:
         folder = Path(found).parent
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder}: {name} is missing; expected an adapter that PEFT saved in safetensors")
+            pickled = " (adapter_model.bin is a pickle, which is not read)" * (folder / "adapter_model.bin").is_file()
+            raise ValueError(
+                f"{folder}: {name} is missing{pickled}; expected an adapter that PEFT saved in safetensors"
+            )
     return folder

@@ -262,14 +262,19 @@ def test_a_damaged_file(tmp_path: Path) -> None:
         merge(tmp_path)
 
 
-def test_an_index_that_leads_out_of_the_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["../", "absolute", "sub/", "sub/../"])
+def test_an_index_that_leads_out_of_the_folder(where: str, tmp_path: Path) -> None:
     sharded(tmp_path)
     outside = tmp_path / "model-00001-of-00003.safetensors"
-    shutil.move(tmp_path / "base" / outside.name, outside)
+    shutil.copy(tmp_path / "base" / outside.name, outside)
+    (tmp_path / "base" / "sub").mkdir()
+    shutil.move(tmp_path / "base" / outside.name, tmp_path / "base" / "sub" / outside.name)
     path = tmp_path / "base" / "model.safetensors.index.json"
-    path.write_text(path.read_text().replace(outside.name, f"../{outside.name}"))
-    with pytest.raises(ValueError, match="does not lie in"):
+    start = f"{tmp_path}/" if where == "absolute" else where
+    path.write_text(path.read_text().replace(outside.name, f"{start}{outside.name}"))
+    with pytest.raises(ValueError, match=r"index\.json names .*expected safetensors files that lie beside it"):
         merge(tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_stock_expert_adapters_are_refused_with_the_way_out(tmp_path: Path) -> None:

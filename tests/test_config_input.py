@@ -1,0 +1,208 @@
+"""Configs from strangers: what is refused before PEFT or transformers builds anything, and that nothing is run."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+
+from peft_moe import MoELoraConfig, merge_checkpoint
+from peft_moe.checkpoint import json_input
+from peft_moe.config_input import read_config
+from tests.zoo import ENTRIES
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A valid adapter of Qwen3-MoE."""
+    model = get_peft_model(ENTRIES["qwen3_moe"].build(), MoELoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def change(adapter: Path, **options: Any) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+
+
+KINDS: dict[str, list[Any]] = {
+    "r": ["8", 2.5, None, [], True],
+    "lora_alpha": ["8", None, {}],
+    "lora_dropout": ["0", None, 7, -1],
+    "target_modules": [3, {"a": 1}, [3], [["q_proj"]]],
+    "exclude_modules": [3, [None]],
+    "modules_to_save": ["lm_head", [3], {"a": "b"}],
+    "layers_to_transform": ["0", [0.5]],
+    "rank_pattern": [[], {"a": "b"}, {"a": 0}, {"a": True}, {"a": 1.5}],
+    "alpha_pattern": [["x"], {"a": "b"}, {"a": None}],
+    "bias": ["some", None, 3],
+    "use_dora": ["yes", 1],
+    "task_type": [3],
+    "peft_type": [3, None, "NONSENSE", "XLORA", ["MOELORA"]],
+    "base_model_name_or_path": [["a"], 3],
+    "expert_r": ["2", 0],
+    "expert_indices": ["0", [0.5], {"0": 1}],
+    "expert_rank_pattern": [[["a"]], [["a", "b"]], [[["a"], 2]]],
+    "target_experts": [[["down_proj"]], 3],
+    "monteclora_config": [{"x": 1}],  # PEFT takes the name for one of its own and asks itself without end
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("option", KINDS)
+def test_values_of_the_wrong_kind(option: str, adapter: Path) -> None:
+    for value in KINDS[option]:
+        change(adapter, **{option: value})
+        for read in (MoELoraConfig.from_pretrained, read_config):
+            with pytest.raises(ValueError, match="adapter_config.json") as error:
+                read(str(adapter))
+            assert option in str(error.value) or option in ("peft_type", "monteclora_config"), str(error.value)
+
+
+@pytest.mark.parametrize("option", ["rank_pattern", "target_modules", "modules_to_save", "exclude_modules"])
+def test_patterns_of_stock_adapters(option: str, tmp_path: Path) -> None:
+    """A LORA adapter does not pass through this package's own config."""
+    base = ENTRIES["qwen3_moe"].build()
+    base.save_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    slow = r"(\w+\.?)+x"
+    change(tmp_path / "adapter", **{option: {slow: 2} if option == "rank_pattern" else slow})
+    if option == "modules_to_save":
+        change(tmp_path / "adapter", modules_to_save=[slow])
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=f"adapter_config.json: LoraConfig: `{option}`.*repeat inside a repeat"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", progress=False)
+    assert time.perf_counter() - start < 10 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option, value", [("r", 10**12), ("expert_r", 10**9), ("rank_pattern", {"q_proj": 10**12})])
+def test_huge_ranks_are_refused_before_memory_is_asked_for(option: str, value: Any, adapter: Path) -> None:
+    change(adapter, **{option: value})
+    with pytest.raises(ValueError, match="asks for rank|found shape|found factors of rank"):
+        PeftModel.from_pretrained(ENTRIES["qwen3_moe"].build(), adapter)
+    config = PeftConfig.from_pretrained(str(adapter))  # as transformers reads it: without looking at the tensors
+    with pytest.raises(ValueError, match=f"asks for rank {10**12 if option != 'expert_r' else 10**9}"):
+        get_peft_model(ENTRIES["qwen3_moe"].build(), config)
+
+
+@pytest.mark.parametrize("value", ["pissa_niter_1000000000", "pissa_niter_" + "9" * 5000])
+def test_initialisations_that_never_end(value: str) -> None:
+    with pytest.raises(ValueError, match="more than 1000 iterations"):
+        MoELoraConfig(init_lora_weights=value, target_experts=[])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"megatron_core": "this_was_imported", "megatron_config": {"a": 1}, "target_experts": []},
+        {"auto_mapping": {"parent_library": "this_was_imported", "base_model_class": "x"}},
+        {"auto_map": {"AutoConfig": "this_was_imported.Config"}},
+        {"runtime_config": {"x": "this_was_imported"}},
+        {"_custom_modules": {"torch.nn.Linear": "this_was_imported.Linear"}},
+        {"corda_config": {"cache_file": "this_was_imported.py"}, "init_lora_weights": "corda", "target_experts": []},
+        {"base_model_name_or_path": "this_was_imported.py"},
+        {"custom_modules": "this_was_imported", "import": "this_was_imported"},
+    ],
+)
+def test_nothing_is_imported(options: dict[str, Any], adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (adapter / "this_was_imported.py").write_text("raise SystemExit('this was run')")
+    monkeypatch.syspath_prepend(str(adapter))
+    monkeypatch.chdir(adapter)
+    change(adapter, **options)
+    try:
+        PeftModel.from_pretrained(ENTRIES["qwen3_moe"].build(), adapter)
+    except (ValueError, AttributeError):
+        assert "megatron_core" in options or "corda_config" in options
+    assert "this_was_imported" not in sys.modules
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"r": NaN}', '{"r": 1, "r": 2}', "[]", "\xff", ""])
+def test_json_that_is_none(text: str, adapter: Path) -> None:
+    (adapter / "adapter_config.json").write_text(text, encoding="latin-1")
+    for read in (MoELoraConfig.from_pretrained, read_config):
+        with pytest.raises(ValueError, match="adapter_config.json cannot be read"):
+            read(str(adapter))
+
+
+def test_json_without_end(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_input, "MAX_BYTES", 100)
+    with pytest.raises(ValueError, match="more than 100 bytes of JSON"):
+        read_config(adapter)
+
+
+def test_constants_where_models_have_them(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"time_step_limit": [0.0, Infinity]}')
+    assert json_input.read_object(path, constants=True) == {"time_step_limit": [0.0, float("inf")]}
+    with pytest.raises(ValueError, match="Infinity is not a JSON number"):
+        json_input.read_object(path)
+
+
+# --- pickles -----------------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Runs when it is unpickled without care."""
+
+    def __reduce__(self) -> Any:
+        return print, ("this was run",)
+
+
+def pickled(adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save({"a": Bomb()}, adapter / "adapter_model.bin")
+
+
+def test_pickles_are_refused(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pickled(adapter)
+    base = ENTRIES["qwen3_moe"].build()
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="adapter_model.bin, a pickle.*PEFT_MOE_ALLOW_PICKLE=1"):
+        PeftModel.from_pretrained(base, adapter)
+    model = get_peft_model(base, MoELoraConfig(target_modules=[]))
+    with pytest.raises(ValueError, match="adapter_model.bin, a pickle"):
+        model.load_adapter(str(adapter), "other")
+    with pytest.raises(ValueError, match="adapter_model.bin is a pickle, which is not read"):
+        merge_checkpoint(tmp_path / "base", adapter, tmp_path / "out", progress=False)
+    assert "this was run" not in capsys.readouterr().out
+
+
+def test_a_pickle_runs_nothing_where_it_is_allowed(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pickled(adapter)
+    monkeypatch.setenv("PEFT_MOE_ALLOW_PICKLE", "1")
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        PeftModel.from_pretrained(ENTRIES["qwen3_moe"].build(), adapter)
+    assert "this was run" not in capsys.readouterr().out
+
+
+def test_adapters_in_the_cache_of_the_hub(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are looked at as local ones are: config, header, pickles."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    home = tmp_path / "cache" / "models--someone--adapter"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("0" * 40)
+    (home / "snapshots").mkdir()
+    adapter.rename(home / "snapshots" / ("0" * 40))
+    adapter = home / "snapshots" / ("0" * 40)
+    options = {"cache_dir": str(tmp_path / "cache")}
+    found = MoELoraConfig.from_pretrained("someone/adapter", **options)
+    assert found.r == 2 and found.file_shapes
+    change(adapter, r="2")
+    with pytest.raises(ValueError, match="`r='2'` is of the wrong kind"):
+        MoELoraConfig.from_pretrained("someone/adapter", **options)
+    change(adapter, r=2)
+    pickled(adapter)
+    with pytest.raises(ValueError, match="a pickle"):
+        MoELoraConfig.from_pretrained("someone/adapter", **options)
+    with pytest.raises(ValueError, match="Can't find"):
+        MoELoraConfig.from_pretrained("someone/nothing", **options)
