@@ -103,9 +103,10 @@ def check_types(cls: Any, values: Mapping[str, Any], where: Any = None) -> None:
                 if all(isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) for one in value)
                 else value
             )
-        if not _fits(value, float if name in _FLOATS else kind):
+        kind = float if name in _FLOATS else kind
+        if not _fits(value, kind):
             place = cls.__name__ if where is None else where
-            raise ValueError(f"{place}: `{name}={str(value)[:200]!r}` is of the wrong kind; expected {_text(kind)}.")
+            raise ValueError(f"{place}: `{name}={repr(value)[:200]}` is of the wrong kind; expected {_text(kind)}.")
 
 
 def check_input(config: LoraConfig) -> None:

@@ -10,11 +10,12 @@ from torch import nn
 from .patterns import value_of
 
 _SIZES = ("in_features", "out_features")
+_SMALL = 1024  # costs little whatever the weight is, and servers pad ranks to their own sizes
 
 
 def check_rank(rank: int, in_features: int, out_features: int, name: str) -> None:
     """Raise `ValueError` for a rank far beyond any that a weight can have, before memory is asked for it."""
-    most = 4 * (in_features + out_features)
+    most = max(_SMALL, 4 * (in_features + out_features))
     if rank > most:
         raise ValueError(
             f"{name}: the config asks for rank {rank} on a weight of {out_features} x {in_features}, whose rank is at "

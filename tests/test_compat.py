@@ -340,7 +340,7 @@ PUBLIC = {
     "peft": None,
     "transformers": {"AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "BitsAndBytesConfig", "PreTrainedModel"},
     "peft.tuners.tuners_utils": {"BaseTunerLayer"},
-    "peft.utils": {"SAFETENSORS_WEIGHTS_NAME"},
+    "peft.utils": {"CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME"},
     "peft.utils.merge_utils": {"dare_linear", "dare_ties", "magnitude_prune", "task_arithmetic", "ties"},
     "peft.utils.peft_types": {"PeftType"},
     "transformers.models.phimoe.modeling_phimoe": {"sparsemixer"},

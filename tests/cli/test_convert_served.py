@@ -9,13 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .calls import call, folder, result  # noqa: F401
+from tests.checkpoint.merge.cases import case
+from tests.cli.calls import call, folder, result  # noqa: F401
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
-def test_there_and_back(kind: str, folder: Path) -> None:  # noqa: F811
-    source, served, again = (str(folder / name) for name in ("adapter", "served", "again"))
-    base = str(folder / "base")
+def test_there_and_back(kind: str, tmp_path: Path) -> None:
+    case("qwen3_moe", tmp_path, expert_indices=[0, 2, 3], target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    source, served, again = (str(tmp_path / name) for name in ("adapter", "served", "again"))
+    base = str(tmp_path / "base")
     assert result("convert", source, served, "--to", kind, "--base", base) == {"path": served, "format": kind}
     config = json.loads((Path(served) / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["r"] in (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -81,8 +81,8 @@ def _check_linears(serving: Serving) -> None:
     for path in serving.linears:
         if path.endswith(".kv_b_proj"):
             raise ValueError(
-                f"adapter {serving.adapter.name!r}: {path} is adapted, whose weight {CONSUMER} splits once when it loads a "
-                "model with latent attention: while it decodes the adapter would be left out. Merge it instead "
+                f"adapter {serving.adapter.name!r}: {path} is adapted, whose weight {CONSUMER} splits once when it "
+                "loads a model with latent attention: while it decodes the adapter would be left out. Merge it instead "
                 "(`peft_moe.merge_checkpoint`)."
             )
 

@@ -279,7 +279,7 @@ def test_changed_since_it_was_written(bases, tmp_path):
          "other half|no lora_B|lora_A and no lora_B|expected|shape"),
         (lambda tensors, config: config.update(r=3), "rank"),
         (lambda tensors, config: config.update(rank_pattern={"x": 3}), "rank_pattern"),
-        (lambda tensors, config: config.update(r="8"), "`r`"),
+        (lambda tensors, config: config.update(r="8"), "`r='8'`"),
         (lambda tensors, config: config.update(peft_type="IA3"), "LORA"),
         (lambda tensors, config: config.update(use_dora=True), "DoRA"),
     ],
