@@ -192,10 +192,10 @@ def test_damaged_foreign_files(tmp_path: Path) -> None:
     refuses("`r='x'` is of the wrong kind", r="x")
     refuses("`lora_alpha=None` is of the wrong kind", lora_alpha=None)
     refuses("`use_dora` is set", use_dora=True)
-    refuses("its peft_type is 'MISS'", peft_type="MISS")
+    refuses("peft_type is 'MISS'|its type is 'MISS'", peft_type="MISS")
     refuses("found shapes", r=5)
     refuses("could take (very )?long|has a repeat", rank_pattern={"(a+)+": 2})
-    refuses("`target_parameters` is", target_parameters="experts.down_proj")
+    refuses("`target_parameters='experts.down_proj'` is of the wrong kind", target_parameters="experts.down_proj")
     refuses("nested pairs of factors", target_parameters=["experts.down_proj"])
     refuses(
         "no projection of experts", target_parameters=["experts.down_proj", "experts.gate_up_proj", "router.weight"]
