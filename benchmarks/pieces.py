@@ -98,7 +98,7 @@ def main() -> None:
         full = normal(tokens * top_k, width)
         dtype, silu = torch.bfloat16, SILU_GATED
         print(f"T={tokens:6d} rowwise   silu {time_of(lambda: gated(silu, pre)):.3f}  "
-              f"silu backward {time_of(lambda: gated_backward(silu, pre, rows, weights, order, offsets)):.3f}  "
+              f"silu backward {time_of(lambda: gated_backward(silu, pre, rows, weights, order, offsets, d_pre)):.3f}  "
               f"combine {time_of(lambda: combine(full, routing.inverse, weights, offsets, top_k, dtype)):.3f}  "
               f"route {time_of(lambda: sort_rows(index, experts, False)):.3f}  "
               f"torch route {time_of(lambda: route(index, experts, False)):.3f}", flush=True)  # fmt: skip

@@ -243,9 +243,10 @@ class MoELoraLayer(nn.Module, LoraLayer, forward.RunsExperts):
 
     def run_experts(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """See `RunsExperts.run_experts`. Raises `ValueError` where weights or adapters lie on another device than x."""
-        if placement.is_offloaded(self):
-            return placement.run_onloaded(self, super().run_experts, x, *args, **kwargs)
-        placement.check(self, x.device)
+        if not placement.is_on(self, x.device):
+            if placement.is_offloaded(self):
+                return placement.run_onloaded(self, super().run_experts, x, *args, **kwargs)
+            placement.check(self, x.device)
         return super().run_experts(x, *args, **kwargs)
 
     def run_projection(self, rows: Tensor, offsets: Tensor) -> Tensor:

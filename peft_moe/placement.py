@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 
 
 def _factors(layer: MoELoraLayer) -> list[nn.Parameter]:
-    return [value for child in layer.projections.values() for value in child.parameters()]
+    return [factor for child in layer.projections.values() for factor in child.factors()]
+
+
+def is_on(layer: MoELoraLayer, device: torch.device) -> bool:
+    """Whether all weights and adapters of a layer lie on a device."""
+    if any(factor.device != device for factor in _factors(layer)):
+        return False
+    return all(store.device == device for store in layer.stores.values())
 
 
 def is_offloaded(layer: MoELoraLayer) -> bool:

@@ -12,7 +12,8 @@ the backward with B, and is left out here), w the routing weight of a row:
                dX = dG W_gu + (dG B_gu) A_gu
 
 No dense delta of a weight and no weight gradient is ever formed. Kept for backward: the ungathered x (T, H), the
-routing, G (S, N) and the two low-rank products (S, R); the gathered X and h are rebuilt.
+routing, G (S, N) and the two low-rank products (S, R); the gathered X and h are rebuilt. Where the graph is not kept
+for another backward, dG takes the place of G.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from . import pieces
 from .activation import Activation
-from .linear import FrozenStack, first_order_only
+from .linear import FrozenStack, first_order_only, may_overwrite_saved
 from .routing import Routing
 
 
@@ -96,6 +97,7 @@ class _ExpertMLP(torch.autograd.Function):
             routing,
             backend,
         )
+        del hidden
         out = run.combine(out, weights, routing, dtype)
 
         ctx.backend, ctx.activation = backend, activation
@@ -106,7 +108,7 @@ class _ExpertMLP(torch.autograd.Function):
         ctx.save_for_backward(
             x, weights, pre, up_low, down_low, up_a, up_b, down_a, down_b, down_bias,
             up_weight if up_tensor else None, down_weight if down_tensor else None,
-            order, inverse, experts, offsets, valid,
+            order, source, inverse, experts, offsets, valid,
         )  # fmt: skip
         return out
 
@@ -115,12 +117,11 @@ class _ExpertMLP(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (
             x, weights, pre, up_low, down_low, up_a, up_b, down_a, down_b, down_bias,
-            up_weight, down_weight, order, inverse, experts, offsets, valid,
+            up_weight, down_weight, order, source, inverse, experts, offsets, valid,
         ) = ctx.saved_tensors  # fmt: skip
         backend, run = ctx.backend, pieces_of(ctx.backend)
         need_x, need_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         need_up = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
-        source = order // weights.shape[1]  # rebuilt: it is as large as the routing itself
         routing = Routing(order, source, inverse, experts, offsets, weights.shape[1], valid)
 
         d_out = grads[0].to(x.dtype)
@@ -131,8 +132,10 @@ class _ExpertMLP(torch.autograd.Function):
             d_rows, down_weight, _mT(down_b), _mT(down_a), ctx.down_scale, None, routing, backend
         )
         del down_weight
-        d_pre, dots, hidden = run.activate_rows_backward(ctx.activation, pre, d_hidden, weights, routing)
-        del d_hidden
+        d_pre, dots, hidden = run.activate_rows_backward(
+            ctx.activation, pre, d_hidden, weights, routing, may_overwrite_saved()
+        )
+        del pre, d_hidden
         d_down_a: Tensor | None = None
         d_down_b: Tensor | None = None
         d_up_a: Tensor | None = None

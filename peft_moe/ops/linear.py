@@ -36,6 +36,14 @@ def first_order_only(backward: Any) -> Any:
     return checked
 
 
+def may_overwrite_saved() -> bool:
+    """Whether a backward may write into a tensor that its forward made and saved: no other pass will read it.
+
+    Not with `retain_graph=True`, nor where the compiler traces.
+    """
+    return not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def stack_tensor(stack: FrozenStack) -> Tensor:
     """The `(E, N, K)` tensor of a frozen stack."""
     return stack if isinstance(stack, Tensor) else stack()

@@ -76,11 +76,12 @@ def activate_rows(activation: Activation, pre: Tensor) -> Tensor:
 
 
 def activate_rows_backward(
-    activation: Activation, pre: Tensor, d_hidden: Tensor, weights: Tensor, routing: Routing
+    activation: Activation, pre: Tensor, d_hidden: Tensor, weights: Tensor, routing: Routing, overwrite: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of the activation and of the routing weight.
 
-    Args: pre `(S, N)`, d_hidden `(S, I)` before weighting, both sorted. weights `(T, k)`.
+    Args: pre `(S, N)`, d_hidden `(S, I)` before weighting, both sorted. weights `(T, k)`. overwrite: pre may be
+        written into; d_hidden always may.
     Returns: d_pre `(S, N)`; rowdot(hidden, d_hidden) `(S,)` in fp32, in the order of weights, zero for rows of no
         expert; hidden `(S, I)`.
     """

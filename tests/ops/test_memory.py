@@ -88,8 +88,8 @@ def test_expert_mlp(backend: str, dtype: torch.dtype, closed: bool, sentinels: b
     assert largest.elements < STACK / 4
 
     pre, low = ROWS * 2 * INNER * dtype.itemsize, 2 * ROWS * RANK * dtype.itemsize
-    order_inverse_experts, offsets, valid = 3 * ROWS * 8, EXPERTS * 4, ROWS * sentinels
-    assert found == pre + low + order_inverse_experts + offsets + valid
+    sorting, offsets, valid = 4 * ROWS * 8, EXPERTS * 4, ROWS * sentinels
+    assert found == pre + low + sorting + offsets + valid
 
 
 def test_frozen_linear_keeps_nothing() -> None:

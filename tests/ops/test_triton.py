@@ -88,6 +88,32 @@ def test_tiles(rows: int, columns: int, step: int, width: int) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("inner", [24, 40])
+def test_a_graph_that_is_kept(inner: int) -> None:
+    """The backward may write into what was saved: not where another one is to come."""
+    from peft_moe.ops.activation import SILU_GATED
+    from peft_moe.ops.experts import Projection, expert_mlp, pieces_of
+
+    torch.manual_seed(inner)
+    experts, tokens, width, rank = 3, 11, 32, 16
+    up = [torch.randn(experts, *shape) for shape in ((2 * inner, width), (rank, width), (2 * inner, rank))]
+    down = [torch.randn(experts, *shape) for shape in ((width, inner), (rank, inner), (width, rank))]
+    leaves = [torch.randn(tokens, width), torch.rand(tokens, 2), *up[1:], *down[1:]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    index = torch.rand(tokens, experts).topk(2).indices
+    out = expert_mlp(
+        leaves[0], leaves[1], pieces_of("triton").route(index, experts, False), Projection(up[0], None, *up[1:]),
+        Projection(down[0], None, *down[1:]), SILU_GATED, "triton", torch.float32,
+    )  # fmt: skip
+    first = torch.autograd.grad(out.square().sum(), leaves, retain_graph=True)
+    second = torch.autograd.grad(out.square().sum(), leaves)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out.square().sum(), leaves)
+
+
+@interpreted
 @slow
 @given(st.data())
 def test_route(data: st.DataObject) -> None:

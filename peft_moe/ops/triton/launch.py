@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _versions: dict[tuple[Any, ...], Any] = {}
+_lately: dict[tuple[Any, ...], Any] = {}  # the same by the very numbers, which most steps repeat
+_MANY = 4096
 
 
 def _kind(value: Any) -> Any:
@@ -25,6 +28,23 @@ def _kind(value: Any) -> Any:
     return getattr(value, "block_shape", None) and tuple(value.block_shape), type(value)  # of a descriptor
 
 
+def _numbers(arguments: tuple[Any, ...]) -> list[Any]:
+    """Finer than the kinds of all arguments, and faster to make."""
+    found: list[Any] = []
+    addresses = 0
+    for value in arguments:
+        if isinstance(value, Tensor):
+            addresses |= value.data_ptr()
+            found.append(value.dtype)
+        elif value is None or isinstance(value, (int, float)):
+            found.append(value)
+        else:
+            found.append(_kind(value))
+    if addresses % 16:
+        found.append(tuple(value.data_ptr() % 16 for value in arguments if isinstance(value, Tensor)))
+    return found
+
+
 def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **constants: Any) -> None:
     """`kernel[grid](*arguments, **constants)` on the device of its first tensor.
 
@@ -34,17 +54,25 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **con
             options of the compiler.
     """
     device = arguments[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    current = torch.cuda.current_device() if device.type == "cuda" else None
+    if device.index != current:
         with torch.cuda.device(device):
             launch(kernel, grid, arguments, **constants)
         return
-    key = (kernel, device, *constants.values(), *map(_kind, arguments))
-    version = _versions.get(key)
+    lately = (id(kernel), current, *constants.values(), *_numbers(arguments))
+    version = _lately.get(lately)
     if version is None:
-        version = kernel[grid](*arguments, **constants)
-        if hasattr(version, "packed_metadata"):  # not what the interpreter returns
-            _versions[key] = version
-        return
+        key = (kernel, device, *constants.values(), *map(_kind, arguments))
+        version = _versions.get(key)
+        if version is None:
+            version = kernel[grid](*arguments, **constants)
+            if hasattr(version, "packed_metadata"):  # not what the interpreter returns
+                _versions[key] = version
+            return
+        if len(_lately) >= _MANY:
+            _lately.clear()
+        _lately[lately] = version
     for option in _OPTIONS:
         constants.pop(option, None)
-    version[(*grid, 1, 1)[:3]](*arguments, *constants.values())
+    stream = None if current is None else driver.active.get_current_stream(current)
+    version[(*grid, 1, 1)[:3]](*arguments, *constants.values(), stream=stream)

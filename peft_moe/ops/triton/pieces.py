@@ -88,12 +88,14 @@ def activate_rows(activation: Activation, pre: Tensor) -> Tensor:
 
 
 def activate_rows_backward(
-    activation: Activation, pre: Tensor, d_hidden: Tensor, weights: Tensor, routing: Routing
+    activation: Activation, pre: Tensor, d_hidden: Tensor, weights: Tensor, routing: Routing, overwrite: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass for a gated swish."""
-    if isinstance(activation, GatedSwish):
-        return rowwise.gated_backward(activation, pre, d_hidden, weights.contiguous(), routing.order, routing.offsets)
-    return plain.activate_rows_backward(activation, pre, d_hidden, weights, routing)
+    """One pass for a gated swish, in place."""
+    if not isinstance(activation, GatedSwish):
+        return plain.activate_rows_backward(activation, pre, d_hidden, weights, routing, overwrite)
+    weights, d_pre = weights.contiguous(), pre if overwrite else torch.empty_like(pre)
+    dots = rowwise.gated_backward(activation, pre, d_hidden, weights, routing.order, routing.offsets, d_pre)
+    return d_pre, dots, d_hidden
 
 
 def outer(big: Rows, small: Tensor, weights: Tensor | None, routing: Routing, transposed: bool, backend: str) -> Tensor:

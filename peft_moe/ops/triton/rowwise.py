@@ -56,7 +56,7 @@ def gated(form: GatedSwish, pre: Tensor) -> Tensor:
 
 @triton.jit
 def _gated_backward_kernel(
-    pre, d_hidden, weights, order, offsets, d_pre, hidden, dots, inner, experts,
+    pre, d_hidden, weights, order, offsets, d_pre, dots, inner, experts,
     ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -81,31 +81,31 @@ def _gated_backward_kernel(
         grad *= scale
         d_gate = grad * up * (sigmoid + ALPHA * swish * (1 - sigmoid)) * gate_moves
         d_up = grad * swish * up_moves
+        # pre may lie where d_pre does, and hidden takes the place of d_hidden: all threads have read before one writes.
+        tl.debug_barrier()
         d_at = d_pre + row * 2 * inner + (2 * column if INTERLEAVED else column)
         tl.store(d_at, d_gate.to(d_pre.dtype.element_ty), mask=mask)
         tl.store(d_at + (1 if INTERLEAVED else inner), d_up.to(d_pre.dtype.element_ty), mask=mask)
-        tl.store(hidden + row * inner + column, value.to(hidden.dtype.element_ty), mask=mask)
+        tl.store(d_hidden + row * inner + column, value.to(d_hidden.dtype.element_ty), mask=mask)
     # Rows of no expert may hold anything, NaN too.
     tl.store(dots + position, tl.where(row < tl.load(offsets + experts - 1), dot, 0.0))
 
 
 def gated_backward(
-    form: GatedSwish, pre: Tensor, d_hidden: Tensor, weights: Tensor, order: Tensor, offsets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of a gated swish and of the routing weight, in one pass.
+    form: GatedSwish, pre: Tensor, d_hidden: Tensor, weights: Tensor, order: Tensor, offsets: Tensor, d_pre: Tensor
+) -> Tensor:
+    """Backward of a gated swish and of the routing weight, in one pass; hidden `(S, I)` takes the place of d_hidden.
 
     Args: pre `(S, 2I)`, d_hidden `(S, I)` before weighting, both sorted; weights contiguous `(T, k)`; order, offsets:
-        see `Routing`.
-    Returns: d_pre `(S, 2I)` of `weight * d_hidden`; rowdot(hidden, d_hidden) `(S,)` fp32 in the order of weights, zero
-        for rows of no expert; hidden `(S, I)`.
+        see `Routing`. d_pre: receives that of `weight * d_hidden`; may be pre itself.
+    Returns: rowdot(hidden, d_hidden) `(S,)` fp32 in the order of weights, zero for rows of no expert.
     """
     rows, inner = d_hidden.shape
-    d_pre, hidden = torch.empty_like(pre), torch.empty_like(d_hidden)
     dots = torch.empty(rows, dtype=torch.float32, device=pre.device)
     if rows:
-        arguments = (pre, d_hidden, weights, order, offsets, d_pre, hidden, dots, inner, offsets.shape[0])
+        arguments = (pre, d_hidden, weights, order, offsets, d_pre, dots, inner, offsets.shape[0])
         launch(_gated_backward_kernel, (rows,), arguments, **_constants(form, inner))
-    return d_pre, dots, hidden
+    return dots
 
 
 @triton.jit
