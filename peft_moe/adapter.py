@@ -33,8 +33,8 @@ class ProjectionAdapter(nn.Module, BaseTunerLayer):
         self.merged_adapters = merged_adapters  # the layer's own list, so that PEFT's status agrees
 
     def factors(self) -> list[nn.Parameter]:
-        """All parameters; `parameters()` walks the modules, which costs more than a kernel on a small batch."""
-        return [*self.lora_A.values(), *self.lora_B.values(), *self.lora_magnitude_vector.values()]
+        """All parameters; `parameters()` walks all modules by name, which costs more than a kernel on a small batch."""
+        return [factor for child in self.children() for factor in child._parameters.values() if factor is not None]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing: the layer that holds this module merges all its projections together."""

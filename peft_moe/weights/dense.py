@@ -122,6 +122,14 @@ class DenseStack(_Dense):
         for path, _, _ in self.parts:
             parameter_at(self.module, path).requires_grad_(False)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return parameter_at(self.module, self.parts[0][0]).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return parameter_at(self.module, self.parts[0][0]).device
+
     def _stacks(self) -> list[Tensor]:
         """Views `(E, rows, in)`."""
         found = []

@@ -2,10 +2,11 @@
 
     low[m] = scale A[e] x[source[m]]          out[m] = W[e] x[source[m]] + B[e] low[m] + bias[e]
 
-A program computes a tile of rows of one expert and a tile of columns. LoRA B is one more step of the base product's
-accumulation. With few rows an expert, where launches count, LoRA A rides along in the loop over K; with many, its
-narrow tile would slow the matrix units more than a pass of its own over the input costs. Which expert a program works
-for follows from the offsets on the device: nothing waits for the host.
+A program computes a tile of rows of one expert and a tile of columns. An expert's last rows take half a tile where
+that is enough: with 256 rows an expert, a fifth of what tiles of 128 compute would be in vain. LoRA B is one more step
+of the base product's accumulation. With few rows an expert, where launches count, LoRA A rides along in the loop over
+K; with many, its narrow tile would slow the matrix units more than a pass of its own over the input costs. Which expert
+a program works for follows from the offsets on the device: nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -25,6 +26,82 @@ from .tiles import find_tile
 
 
 @triton.jit
+def _project_tile(
+    expert, start, end, column_tile,
+    x, source, w, w_scales, a, b, bias, out, low,
+    scale, n_size, k_size, scale_rows, scale_columns,
+    x_row, w_expert, w_n, w_k, s_expert, s_n, s_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
+    RANK: tl.constexpr, HAS_SOURCE: tl.constexpr, SCALED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALE_OUT: tl.constexpr, EVEN_K: tl.constexpr, WHOLE_N: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    rows = start + tl.arange(0, ROWS)
+    row_mask = rows < end
+    if HAS_SOURCE:
+        position = tl.load(source + rows, mask=row_mask, other=0).to(tl.int64)
+    else:
+        position = tl.where(row_mask, rows, start).to(tl.int64)
+    first_column = column_tile * COLUMNS
+    if WHOLE_N:
+        # The last tile moves back and computes some columns again: a mask in the address of a transposed weight
+        # would hide from the compiler that columns are contiguous, which costs a factor of 12.
+        first_column = tl.multiple_of(tl.minimum(first_column, n_size - COLUMNS), 16)
+    columns = first_column + tl.arange(0, COLUMNS)
+    column_mask = columns < n_size
+    steps = tl.arange(0, STEP)
+    ranks = tl.arange(0, RANK)
+    expert64 = expert.to(tl.int64)
+    x_at = x + position[:, None] * x_row + steps[None, :]
+    inside_columns = columns if WHOLE_N else tl.where(column_mask, columns, 0)
+    w_at = w + expert64 * w_expert + inside_columns[None, :] * w_n + steps[:, None] * w_k
+    if SCALED:
+        scales_at = w_scales + expert64 * s_expert + (inside_columns // scale_rows) * s_n
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    if HAS_A:
+        a_at = a + expert64 * a_expert + ranks[None, :] * a_r + steps[:, None] * a_k
+        low_total = tl.zeros((ROWS, RANK), dtype=tl.float32)
+    for k in range(0, k_size, STEP):
+        if EVEN_K:
+            x_tile = tl.load(x_at)
+            w_tile = tl.load(w_at)
+        else:
+            inside = k + steps < k_size
+            x_tile = tl.load(x_at, mask=inside[None, :], other=0.0)
+            w_tile = tl.load(w_at, mask=inside[:, None], other=0.0)
+        if SCALED:  # of one step along K they are those of its first column
+            part = tl.dot(x_tile, w_tile.to(x_tile.dtype), input_precision=PRECISION)
+            total += part * tl.load(scales_at + (k // scale_columns) * s_k)[None, :]
+        else:
+            total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
+        if HAS_A:
+            if EVEN_K:
+                a_tile = tl.load(a_at)
+            else:
+                a_tile = tl.load(a_at, mask=(k + steps < k_size)[:, None], other=0.0)
+            low_total = tl.dot(x_tile, a_tile, low_total, input_precision=PRECISION)
+            a_at += STEP * a_k
+        x_at += STEP
+        w_at += STEP * w_k
+    if HAS_B:
+        low_at = low + rows.to(tl.int64)[:, None] * RANK + ranks[None, :]
+        if HAS_A:
+            low_tile = (low_total * scale).to(x.dtype.element_ty)
+        else:
+            low_tile = tl.load(low_at, mask=row_mask[:, None], other=0.0)
+        b_tile = tl.load(b + expert64 * b_expert + ranks[:, None] * b_r + inside_columns[None, :] * b_n)
+        total = tl.dot(low_tile, b_tile, total, input_precision=PRECISION)
+        if HAS_A:
+            if column_tile == 0:
+                tl.store(low_at, low_tile, mask=row_mask[:, None])
+    if HAS_BIAS:
+        total += tl.load(bias + expert64 * n_size + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    if SCALE_OUT:
+        total *= scale
+    out_at = out + rows.to(tl.int64)[:, None] * n_size + columns[None, :]
+    tl.store(out_at, total.to(out.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+
+
+@triton.jit
 def _project_kernel(
     x, source, w, w_scales, a, b, bias, offsets, out, low,
     scale, n_size, k_size, scale_rows, scale_columns,
@@ -32,77 +109,30 @@ def _project_kernel(
     experts: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr,
     HAS_SOURCE: tl.constexpr, SCALED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
     SCALE_OUT: tl.constexpr, EVEN_K: tl.constexpr, WHOLE_N: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, HALVES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n_tiles = tl.cdiv(n_size, COLUMNS)
-    tile = tl.program_id(0) // n_tiles
+    expert, start, end = find_tile(offsets, tl.program_id(0) // n_tiles, experts, EXPERTS, ROWS)
     column_tile = tl.program_id(0) % n_tiles
-    expert, start, end = find_tile(offsets, tile, experts, EXPERTS, ROWS)
     if expert < experts:
-        rows = start + tl.arange(0, ROWS)
-        row_mask = rows < end
-        if HAS_SOURCE:
-            position = tl.load(source + rows, mask=row_mask, other=0).to(tl.int64)
+        if HALVES and end - start <= ROWS // 2:  # an expert's last rows
+            _project_tile(
+                expert, start, end, column_tile,
+                x, source, w, w_scales, a, b, bias, out, low,
+                scale, n_size, k_size, scale_rows, scale_columns,
+                x_row, w_expert, w_n, w_k, s_expert, s_n, s_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
+                RANK, HAS_SOURCE, SCALED, HAS_A, HAS_B, HAS_BIAS, SCALE_OUT, EVEN_K, WHOLE_N,
+                ROWS // 2, COLUMNS, STEP, PRECISION,
+            )  # fmt: skip
         else:
-            position = tl.where(row_mask, rows, start).to(tl.int64)
-        first_column = column_tile * COLUMNS
-        if WHOLE_N:
-            # The last tile moves back and computes some columns again: a mask in the address of a transposed weight
-            # would hide from the compiler that columns are contiguous, which costs a factor of 12.
-            first_column = tl.multiple_of(tl.minimum(first_column, n_size - COLUMNS), 16)
-        columns = first_column + tl.arange(0, COLUMNS)
-        column_mask = columns < n_size
-        steps = tl.arange(0, STEP)
-        ranks = tl.arange(0, RANK)
-        expert64 = expert.to(tl.int64)
-        x_at = x + position[:, None] * x_row + steps[None, :]
-        inside_columns = columns if WHOLE_N else tl.where(column_mask, columns, 0)
-        w_at = w + expert64 * w_expert + inside_columns[None, :] * w_n + steps[:, None] * w_k
-        if SCALED:
-            scales_at = w_scales + expert64 * s_expert + (inside_columns // scale_rows) * s_n
-        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        if HAS_A:
-            a_at = a + expert64 * a_expert + ranks[None, :] * a_r + steps[:, None] * a_k
-            low_total = tl.zeros((ROWS, RANK), dtype=tl.float32)
-        for k in range(0, k_size, STEP):
-            if EVEN_K:
-                x_tile = tl.load(x_at)
-                w_tile = tl.load(w_at)
-            else:
-                inside = k + steps < k_size
-                x_tile = tl.load(x_at, mask=inside[None, :], other=0.0)
-                w_tile = tl.load(w_at, mask=inside[:, None], other=0.0)
-            if SCALED:  # of one step along K they are those of its first column
-                part = tl.dot(x_tile, w_tile.to(x_tile.dtype), input_precision=PRECISION)
-                total += part * tl.load(scales_at + (k // scale_columns) * s_k)[None, :]
-            else:
-                total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
-            if HAS_A:
-                if EVEN_K:
-                    a_tile = tl.load(a_at)
-                else:
-                    a_tile = tl.load(a_at, mask=(k + steps < k_size)[:, None], other=0.0)
-                low_total = tl.dot(x_tile, a_tile, low_total, input_precision=PRECISION)
-                a_at += STEP * a_k
-            x_at += STEP
-            w_at += STEP * w_k
-        if HAS_B:
-            low_at = low + rows.to(tl.int64)[:, None] * RANK + ranks[None, :]
-            if HAS_A:
-                low_tile = (low_total * scale).to(x.dtype.element_ty)
-            else:
-                low_tile = tl.load(low_at, mask=row_mask[:, None], other=0.0)
-            b_tile = tl.load(b + expert64 * b_expert + ranks[:, None] * b_r + inside_columns[None, :] * b_n)
-            total = tl.dot(low_tile, b_tile, total, input_precision=PRECISION)
-            if HAS_A:
-                if column_tile == 0:
-                    tl.store(low_at, low_tile, mask=row_mask[:, None])
-        if HAS_BIAS:
-            total += tl.load(bias + expert64 * n_size + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-        if SCALE_OUT:
-            total *= scale
-        out_at = out + rows.to(tl.int64)[:, None] * n_size + columns[None, :]
-        tl.store(out_at, total.to(out.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+            _project_tile(
+                expert, start, end, column_tile,
+                x, source, w, w_scales, a, b, bias, out, low,
+                scale, n_size, k_size, scale_rows, scale_columns,
+                x_row, w_expert, w_n, w_k, s_expert, s_n, s_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
+                RANK, HAS_SOURCE, SCALED, HAS_A, HAS_B, HAS_BIAS, SCALE_OUT, EVEN_K, WHOLE_N,
+                ROWS, COLUMNS, STEP, PRECISION,
+            )  # fmt: skip
 
 
 @cache
@@ -135,7 +165,8 @@ def _tiles(rows: int, experts: int, columns: int, device: torch.device, scaled: 
 
 _LONGEST_STEP = 128
 FEW_ROWS = 48  # of an expert on average: up to here LoRA A rides along
-MANY_ROWS = 384  # above, descriptors pay
+HALVED_ROWS = 128  # tiles of so many or more are halved where an expert has no more rows
+MANY_ROWS = 448  # above, descriptors pay
 
 
 def multiplies(weight: ScaledStack) -> bool:
@@ -217,7 +248,7 @@ def _launch(
         experts=experts, EXPERTS=1 << (experts - 1).bit_length(), RANK=16 if b is None else b.shape[2],
         HAS_SOURCE=source is not None, SCALED=scales is not None, HAS_A=a is not None, HAS_B=b is not None,
         HAS_BIAS=bias is not None, SCALE_OUT=scale_out, EVEN_K=k_size % chosen["STEP"] == 0,
-        WHOLE_N=n_size % 16 == 0 and n_size >= chosen["COLUMNS"],
+        WHOLE_N=n_size % 16 == 0 and n_size >= chosen["COLUMNS"], HALVES=chosen["ROWS"] >= HALVED_ROWS,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         **chosen,
     )  # fmt: skip

@@ -23,51 +23,73 @@ _TILES = {"ROWS": 128, "COLUMNS": 256, "STEP": 64, "num_warps": 8, "num_stages":
 
 
 @triton.jit
+def _project_tile(
+    expert, start, end, first_column,
+    x, x_tiles, source, w_tiles, b, bias, low, out,
+    n_size, k_size, x_row, b_expert, b_n, b_r,
+    RANK: tl.constexpr, HAS_SOURCE: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, K_FIRST: tl.constexpr,
+    EVEN_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    steps = tl.arange(0, STEP)
+    rows = start + tl.arange(0, ROWS)
+    row_mask = rows < end
+    if HAS_SOURCE:
+        position = tl.load(source + rows, mask=row_mask, other=0).to(tl.int64)
+        x_at = x + position[:, None] * x_row + steps[None, :]
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for k in range(0, k_size, STEP):
+        if HAS_SOURCE:
+            x_tile = tl.load(x_at) if EVEN_K else tl.load(x_at, mask=(k + steps < k_size)[None, :], other=0.0)
+            x_at += STEP
+        else:
+            x_tile = x_tiles.load([start, k])
+        # Tiles past an expert's edge hold the next one's weights: those columns are not stored, and steps past
+        # K meet zeros of x.
+        if K_FIRST:
+            w_tile = w_tiles.load([expert * k_size + k, first_column])
+        else:
+            w_tile = w_tiles.load([expert * n_size + first_column, k]).T
+        total = tl.dot(x_tile, w_tile, total)
+    columns = first_column + tl.arange(0, COLUMNS)
+    column_mask = columns < n_size
+    if HAS_B:
+        ranks = tl.arange(0, RANK)
+        low_at = low + rows.to(tl.int64)[:, None] * RANK + ranks[None, :]
+        low_tile = tl.load(low_at, mask=row_mask[:, None], other=0.0)
+        b_at = b + expert.to(tl.int64) * b_expert + ranks[:, None] * b_r + columns[None, :] * b_n
+        total = tl.dot(low_tile, tl.load(b_at, mask=column_mask[None, :], other=0.0), total)
+    if HAS_BIAS:
+        bias_at = bias + expert.to(tl.int64) * n_size + columns
+        total += tl.load(bias_at, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    out_at = out + rows.to(tl.int64)[:, None] * n_size + columns[None, :]
+    tl.store(out_at, total.to(out.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+
+
+@triton.jit
 def _project_tma_kernel(
-    x, x_tiles, source, w_tiles, b, bias, low, offsets, out,
+    x, x_tiles, x_halves, source, w_tiles, b, bias, low, offsets, out,
     n_size, k_size, tiles, x_row, b_expert, b_n, b_r,
     experts: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr,
     HAS_SOURCE: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, K_FIRST: tl.constexpr, EVEN_K: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     n_tiles = tl.cdiv(n_size, COLUMNS)
-    steps = tl.arange(0, STEP)
     for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
         expert, start, end = find_tile(offsets, number // n_tiles, experts, EXPERTS, ROWS)
         first_column = (number % n_tiles) * COLUMNS
         if expert < experts:
-            rows = start + tl.arange(0, ROWS)
-            row_mask = rows < end
-            if HAS_SOURCE:
-                position = tl.load(source + rows, mask=row_mask, other=0).to(tl.int64)
-                x_at = x + position[:, None] * x_row + steps[None, :]
-            total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-            for k in range(0, k_size, STEP):
-                if HAS_SOURCE:
-                    x_tile = tl.load(x_at) if EVEN_K else tl.load(x_at, mask=(k + steps < k_size)[None, :], other=0.0)
-                    x_at += STEP
-                else:
-                    x_tile = x_tiles.load([start, k])
-                # Tiles past an expert's edge hold the next one's weights: those columns are not stored, and steps past
-                # K meet zeros of x.
-                if K_FIRST:
-                    w_tile = w_tiles.load([expert * k_size + k, first_column])
-                else:
-                    w_tile = w_tiles.load([expert * n_size + first_column, k]).T
-                total = tl.dot(x_tile, w_tile, total)
-            columns = first_column + tl.arange(0, COLUMNS)
-            column_mask = columns < n_size
-            if HAS_B:
-                ranks = tl.arange(0, RANK)
-                low_at = low + rows.to(tl.int64)[:, None] * RANK + ranks[None, :]
-                low_tile = tl.load(low_at, mask=row_mask[:, None], other=0.0)
-                b_at = b + expert.to(tl.int64) * b_expert + ranks[:, None] * b_r + columns[None, :] * b_n
-                total = tl.dot(low_tile, tl.load(b_at, mask=column_mask[None, :], other=0.0), total)
-            if HAS_BIAS:
-                bias_at = bias + expert.to(tl.int64) * n_size + columns
-                total += tl.load(bias_at, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-            out_at = out + rows.to(tl.int64)[:, None] * n_size + columns[None, :]
-            tl.store(out_at, total.to(out.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+            if end - start <= ROWS // 2:  # an expert's last rows
+                _project_tile(
+                    expert, start, end, first_column, x, x_halves, source, w_tiles, b, bias, low, out,
+                    n_size, k_size, x_row, b_expert, b_n, b_r,
+                    RANK, HAS_SOURCE, HAS_B, HAS_BIAS, K_FIRST, EVEN_K, ROWS // 2, COLUMNS, STEP,
+                )  # fmt: skip
+            else:
+                _project_tile(
+                    expert, start, end, first_column, x, x_tiles, source, w_tiles, b, bias, low, out,
+                    n_size, k_size, x_row, b_expert, b_n, b_r,
+                    RANK, HAS_SOURCE, HAS_B, HAS_BIAS, K_FIRST, EVEN_K, ROWS, COLUMNS, STEP,
+                )  # fmt: skip
 
 
 @cache
@@ -124,12 +146,14 @@ def project_tma(
     columns, step, height = _TILES["COLUMNS"], _TILES["STEP"], _TILES["ROWS"]
     w_tiles = TensorDescriptor(weight, shape, [stride, 1], [step, columns] if k_first else [columns, step])
     x_tiles: Any = None
+    x_halves: Any = None
     if source is None:
         x_tiles = TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [height, step])
+        x_halves = TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [height // 2, step])
     tiles = (rows // height + min(experts, rows)) * -(-n_size // columns)
     launch(
         _project_tma_kernel, (min(tiles, _programs(x.device)),),
-        (x, x_tiles, source, w_tiles, b, bias, low, offsets, out, n_size, k_size, tiles, x.stride(0),
+        (x, x_tiles, x_halves, source, w_tiles, b, bias, low, offsets, out, n_size, k_size, tiles, x.stride(0),
          *((0, 0, 0) if b is None else b.stride())),
         experts=experts, EXPERTS=1 << (experts - 1).bit_length(), RANK=16 if b is None else b.shape[2],
         HAS_SOURCE=source is not None, HAS_B=b is not None, HAS_BIAS=bias is not None,
