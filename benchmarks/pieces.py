@@ -19,7 +19,7 @@ from triton.testing import do_bench
 
 from peft_moe.ops.activation import SILU_GATED
 from peft_moe.ops.routing import route
-from peft_moe.ops.triton.outer import outer
+from peft_moe.ops.triton.outer import Factor, outer
 from peft_moe.ops.triton.project import project
 from peft_moe.ops.triton.routing import route as sort_rows
 from peft_moe.ops.triton.rowwise import combine, gated, gated_backward
@@ -90,10 +90,10 @@ def main() -> None:
             if arguments.sweep:
                 sweep(left, index_, w, a, b, offsets)
         order = routing.order
-        print(f"T={tokens:6d} outer     x {time_of(lambda: outer(x, source, low, None, order, offsets, True)):.3f}  "
-              f"d_pre {time_of(lambda: outer(d_pre, None, low, None, order, offsets, False)):.3f}  "
-              f"grad {time_of(lambda: outer(grad, source, low, weights, order, offsets, False)):.3f}  "
-              f"hidden {time_of(lambda: outer(rows, None, low, weights, order, offsets, True)):.3f}  "
+        up_factors = (Factor(x, source, low, True), Factor(d_pre, None, low, False))
+        down_factors = (Factor(rows, None, low, True), Factor(grad, source, low, False))
+        print(f"T={tokens:6d} outer     up {time_of(lambda f=up_factors: outer(*f, None, order, offsets)):.3f}  "
+              f"down {time_of(lambda f=down_factors: outer(*f, weights, order, offsets)):.3f}  "
               f"torch d_pre {time_of(lambda: grouped_mm(d_pre.t(), low, offs=offsets)):.3f}")  # fmt: skip
         full = normal(tokens * top_k, width)
         dtype, silu = torch.bfloat16, SILU_GATED

@@ -142,26 +142,27 @@ class _ExpertMLP(torch.autograd.Function):
         d_up_b: Tensor | None = None
         d_weights: Tensor | None = None
         d_x: Tensor | None = None
-        if ctx.needs_input_grad[10]:
-            d_down_b = run.outer(d_rows, down_low, weights, routing, False, backend)
-        if ctx.needs_input_grad[9]:
-            d_down_a = run.outer((hidden, None), d_down_low, weights, routing, True, backend)
+        if ctx.needs_input_grad[9] or ctx.needs_input_grad[10]:
+            d_down_a, d_down_b = run.factor_gradients(
+                (hidden, None), d_down_low, d_rows, down_low, weights, routing, backend
+            )
         del hidden
         if need_weights:
             if down_bias is not None:
                 of_bias = (d_out[source] * down_bias[experts]).sum(dim=-1, dtype=dots.dtype)
                 dots = dots + pieces.unsort(of_bias, routing)
             d_weights = dots.view(weights.shape).to(weights.dtype)
-        if ctx.needs_input_grad[5]:
-            d_up_b = run.outer((d_pre, None), up_low, None, routing, False, backend)
         if need_x or need_up:
             up_weight = run.operand(up_weight if ctx.up_stack is None else ctx.up_stack, len(source), True)
             d_gathered, d_up_low = run.project(
                 (d_pre, None), up_weight, _mT(up_b), _mT(up_a), ctx.up_scale, None, routing, backend
             )
             del up_weight
-            if ctx.needs_input_grad[4]:
-                d_up_a = run.outer(run.gather(x, source), d_up_low, None, routing, True, backend)
+            if need_up:
+                rows = run.gather(x, source)
+                d_up_a, d_up_b = run.factor_gradients(rows, d_up_low, (d_pre, None), up_low, None, routing, backend)
+                del rows
+            del d_pre
             if need_x:
                 d_x = run.combine(d_gathered, None, routing, x.dtype)
         return (

@@ -18,9 +18,9 @@ __all__ = [
     "activate_rows",
     "activate_rows_backward",
     "combine",
+    "factor_gradients",
     "gather",
     "operand",
-    "outer",
     "project",
     "reads_codes",
     "route",
@@ -100,15 +100,18 @@ def unsort(values: Tensor, routing: Routing) -> Tensor:
     return mask_rows(values.unsqueeze(-1), routing.valid).squeeze(-1)[routing.inverse]
 
 
-def outer(big: Rows, small: Tensor, weights: Tensor | None, routing: Routing, transposed: bool, backend: str) -> Tensor:
-    """Per expert `bigᵀ (w * small)`: `(E, N, R)`, or `(E, R, N)` if `transposed`; zero without rows.
+def factor_gradients(
+    rows: Rows, d_low: Tensor, d_out: Rows, low: Tensor, weights: Tensor | None, routing: Routing, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Of A and B: per expert `(w * d_low)ᵀ rows` `(E, R, K)` and `d_outᵀ (w * low)` `(E, N, R)`; zero without rows.
 
-    Args: big: rows of width N. small `(S, R)`. weights `(T, k)`, or `None` for ones.
+    Args: rows: of width K. d_out: of width N. d_low, low: `(S, R)`. weights: `(T, k)`, or `None` for ones.
     """
     if weights is not None:
-        small = (small * _sorted(weights, routing)).to(small.dtype)
-    pair = (small, big[0]) if transposed else (big[0], small)
-    return grouped_outer(*pair, routing.offsets, backend)
+        scale = _sorted(weights, routing)
+        d_low, low = (d_low * scale).to(d_low.dtype), (low * scale).to(low.dtype)
+    of_a = grouped_outer(d_low, rows[0], routing.offsets, backend)
+    return of_a, grouped_outer(d_out[0], low, routing.offsets, backend)
 
 
 def combine(rows: Tensor, weights: Tensor | None, routing: Routing, dtype: torch.dtype) -> Tensor:

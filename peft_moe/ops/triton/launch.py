@@ -10,10 +10,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime import driver
 
+try:
+    from triton import knobs
+except ImportError:  # before Triton 3.4
+    knobs = None
+
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_CHECKED = ((3, 4), (3, 9))  # versions of Triton whose compiled kernels are called as `_call` does
 _versions: dict[tuple[Any, ...], Any] = {}
 _lately: dict[tuple[Any, ...], Any] = {}  # the same by the very numbers, which most steps repeat
 _MANY = 4096
@@ -60,8 +67,8 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **con
             launch(kernel, grid, arguments, **constants)
         return
     lately = (id(kernel), current, *constants.values(), *_numbers(arguments))
-    version = _lately.get(lately)
-    if version is None:
+    found = _lately.get(lately)
+    if found is None:
         key = (kernel, device, *constants.values(), *map(_kind, arguments))
         version = _versions.get(key)
         if version is None:
@@ -71,8 +78,28 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **con
             return
         if len(_lately) >= _MANY:
             _lately.clear()
-        _lately[lately] = version
-    for option in _OPTIONS:
-        constants.pop(option, None)
-    stream = None if current is None else driver.active.get_current_stream(current)
-    version[(*grid, 1, 1)[:3]](*arguments, *constants.values(), stream=stream)
+        values = tuple(value for name, value in constants.items() if name not in _OPTIONS)
+        found = _lately[lately] = version, values
+    version, values = found
+    _call(version, (*grid, 1, 1)[:3], current, arguments + values)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+_DIRECT = knobs is not None and _CHECKED[0] <= _version(triton.__version__) <= _CHECKED[1]
+
+
+def _call(version: Any, grid: tuple[int, ...], device: int | None, arguments: tuple[Any, ...]) -> None:
+    """`version[grid](*arguments)`; where nobody hooked into launches, without what is prepared for hooks."""
+    stream = None if device is None else driver.active.get_current_stream(device)
+    if _DIRECT and not (_hooked(knobs.runtime.launch_enter_hook) or _hooked(knobs.runtime.launch_exit_hook)):
+        version.run(*grid, stream, version.function, version.packed_metadata, None, None, None, *arguments)
+    else:
+        version[grid](*arguments, stream=stream)
+
+
+def _hooked(hooks: Any) -> bool:
+    """Whether a profiler listens: hooks are `None`, a function, or a chain of them."""
+    return hooks is not None and bool(getattr(hooks, "calls", True))

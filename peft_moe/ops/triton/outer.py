@@ -1,4 +1,6 @@
-"""The gradients of the adapters' factors, for all experts in one kernel.
+"""The gradients of the two factors of an adapter, for all experts in one kernel.
+
+Each is a sum of outer products over the rows of an expert:
 
     out[e, n, r] = sum over the expert's rows m of  big[source[m], n] * scale[order[m]] * small[m, r]
 
@@ -7,6 +9,8 @@ Every large matrix is read once; experts without rows get zeros.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,18 +18,18 @@ from torch import Tensor
 
 from .launch import launch
 
+_COLUMNS = 64
+
 
 @triton.jit
-def _outer_kernel(
-    big, source, small, scale, order, offsets, out,
-    n_size, big_row, out_expert, out_n, out_r,
+def _outer_tile(
+    column_tile, expert, big, source, small, scale, order, offsets, out, n_size, big_row, out_n, out_r,
     RANK: tl.constexpr, HAS_SOURCE: tl.constexpr, HAS_SCALE: tl.constexpr,
     COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(1)
     start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
     end = tl.load(offsets + expert)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     column_mask = columns < n_size
     ranks = tl.arange(0, RANK)
     total = tl.zeros((COLUMNS, RANK), dtype=tl.float32)
@@ -45,37 +49,66 @@ def _outer_kernel(
             factor = tl.load(scale + place, mask=row_mask, other=0.0).to(tl.float32)
             small_tile = (small_tile.to(tl.float32) * factor[:, None]).to(big.dtype.element_ty)
         total = tl.dot(tl.trans(big_tile), small_tile, total, input_precision=PRECISION)
-    out_at = out + expert.to(tl.int64) * out_expert + columns[:, None] * out_n + ranks[None, :] * out_r
+    out_at = out + expert.to(tl.int64) * n_size * RANK + columns[:, None] * out_n + ranks[None, :] * out_r
     tl.store(out_at, total.to(out.dtype.element_ty), mask=column_mask[:, None])
 
 
-def outer(
-    big: Tensor,
-    source: Tensor | None,
-    small: Tensor,
-    scale: Tensor | None,
-    order: Tensor,
-    offsets: Tensor,
-    transposed: bool,
-) -> Tensor:
-    """Per expert the product of a wide and a narrow matrix over the expert's rows.
+@triton.jit
+def _outer_kernel(
+    big_1, source_1, small_1, out_1, n_1, big_row_1, out_n_1, out_r_1,
+    big_2, source_2, small_2, out_2, n_2, big_row_2, out_n_2, out_r_2,
+    scale, order, offsets,
+    RANK: tl.constexpr, HAS_SOURCE_1: tl.constexpr, HAS_SOURCE_2: tl.constexpr, HAS_SCALE: tl.constexpr,
+    COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, expert = tl.program_id(0), tl.program_id(1)
+    tiles_1 = tl.cdiv(n_1, COLUMNS)
+    if tile < tiles_1:
+        _outer_tile(
+            tile, expert, big_1, source_1, small_1, scale, order, offsets, out_1, n_1, big_row_1, out_n_1, out_r_1,
+            RANK, HAS_SOURCE_1, HAS_SCALE, COLUMNS, STEP, PRECISION,
+        )  # fmt: skip
+    else:
+        _outer_tile(
+            tile - tiles_1, expert,
+            big_2, source_2, small_2, scale, order, offsets, out_2, n_2, big_row_2, out_n_2, out_r_2,
+            RANK, HAS_SOURCE_2, HAS_SCALE, COLUMNS, STEP, PRECISION,
+        )  # fmt: skip
 
-    Args:
+
+class Factor(NamedTuple):
+    """What the gradient of one factor is made of.
+
+    Attributes:
         big: `(T, N)` with `source` `(S,)`, or `(S, N)`; unit stride in N. small: contiguous `(S, R)`, R a power of two
-        >= 16. scale: contiguous, S factors in flat order, or `None`. order: `(S,)`. offsets: `(E,)` int32.
-
-    Returns: contiguous `(E, N, R)`, or `(E, R, N)` if `transposed`, in the dtype of `big`.
+            >= 16. transposed: the gradient is `(E, R, N)`, not `(E, N, R)`.
     """
-    experts, n_size, rank = offsets.shape[0], big.shape[1], small.shape[1]
-    shape = (experts, rank, n_size) if transposed else (experts, n_size, rank)
-    out = torch.empty(shape, dtype=big.dtype, device=big.device)
-    n_stride, r_stride = (1, n_size) if transposed else (rank, 1)
-    columns = 64
+
+    big: Tensor
+    source: Tensor | None
+    small: Tensor
+    transposed: bool
+
+
+def outer(first: Factor, second: Factor, scale: Tensor | None, order: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of two factors of the same rank, contiguous, in the dtype of `big`.
+
+    Args: scale: contiguous, S numbers in flat order, or `None`. order: `(S,)`. offsets: `(E,)` int32.
+    """
+    arguments: list[Tensor | int | None] = []
+    found, tiles = [], 0
+    for big, source, small, transposed in (first, second):
+        n_size, rank = big.shape[1], small.shape[1]
+        shape = (len(offsets), rank, n_size) if transposed else (len(offsets), n_size, rank)
+        out = torch.empty(shape, dtype=big.dtype, device=big.device)
+        arguments += [big, source, small, out, n_size, big.stride(0), *((1, n_size) if transposed else (rank, 1))]
+        found.append(out)
+        tiles += -(-n_size // _COLUMNS)
     launch(
-        _outer_kernel, (-(-n_size // columns), experts),
-        (big, source, small, scale, order, offsets, out, n_size, big.stride(0), n_size * rank, n_stride, r_stride),
-        RANK=rank, HAS_SOURCE=source is not None, HAS_SCALE=scale is not None,
-        COLUMNS=columns, STEP=64, PRECISION="ieee" if big.dtype == torch.float32 else "tf32",
+        _outer_kernel, (tiles, len(offsets)), (*arguments, scale, order, offsets),
+        RANK=first.small.shape[1], HAS_SOURCE_1=first.source is not None, HAS_SOURCE_2=second.source is not None,
+        HAS_SCALE=scale is not None, COLUMNS=_COLUMNS, STEP=64,
+        PRECISION="ieee" if first.big.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=4,
     )  # fmt: skip
-    return out
+    return found[0], found[1]

@@ -11,7 +11,7 @@ from ..linear import FrozenStack
 from ..routing import Routing
 from ..scaled import CodedStack, ScaledStack
 from . import rowwise
-from .outer import outer as _outer
+from .outer import Factor, outer
 from .probe import rows_on_codes
 from .project import multiplies
 from .project import project as _project
@@ -21,9 +21,9 @@ __all__ = [
     "activate_rows",
     "activate_rows_backward",
     "combine",
+    "factor_gradients",
     "gather",
     "operand",
-    "outer",
     "project",
     "reads_codes",
     "route",
@@ -98,10 +98,13 @@ def activate_rows_backward(
     return d_pre, dots, d_hidden
 
 
-def outer(big: Rows, small: Tensor, weights: Tensor | None, routing: Routing, transposed: bool, backend: str) -> Tensor:
+def factor_gradients(
+    rows: Rows, d_low: Tensor, d_out: Rows, low: Tensor, weights: Tensor | None, routing: Routing, backend: str
+) -> tuple[Tensor, Tensor]:
     """One kernel, gather and weight inside."""
     weights = None if weights is None else weights.contiguous()
-    return _outer(big[0], big[1], small, weights, routing.order, routing.offsets, transposed)
+    of_a, of_b = Factor(*rows, d_low, True), Factor(*d_out, low, False)
+    return outer(of_a, of_b, weights, routing.order, routing.offsets)
 
 
 def combine(rows: Tensor, weights: Tensor | None, routing: Routing, dtype: torch.dtype) -> Tensor:
