@@ -32,12 +32,12 @@ __all__ = [
 Rows = plain.Rows
 
 
-_COUNTED_ROWS = 65536  # above, a counting sort reads more counts than a radix sort moves rows (`benchmarks/pieces.py`)
+_COUNTED = 2**24  # rows times experts; above, a radix sort is faster than counting (`benchmarks/pieces.py`)
 
 
 def route(index: Tensor, num_experts: int, sentinels: bool) -> Routing:
     """Two kernels for all but very many rows."""
-    sort = _route if index.numel() <= _COUNTED_ROWS else plain.route
+    sort = _route if index.numel() * num_experts <= _COUNTED else plain.route
     return sort(index, num_experts, sentinels)
 
 
