@@ -15,6 +15,7 @@ def register(app: typer.Typer) -> None:
     @command(
         app,
         "peft-moe convert adapter adapter-peft --to peft",
+        "peft-moe convert adapter adapter-sglang --to sglang --option layout=stacked --option rank=32",
         "peft-moe convert old-adapter adapter --from unsloth --assume-layout contiguous_r",
         "peft-moe convert stock-adapter adapter --base Qwen/Qwen3-30B-A3B",
     )
@@ -36,6 +37,10 @@ def register(app: typer.Typer) -> None:
                 help="Base model, folder or name in the hub's cache; default: what SRC says. No weights needed."
             ),
         ] = None,
+        option: Annotated[
+            list[str] | None,
+            typer.Option(metavar="NAME=VALUE", help="An option of the format that --to names; see its page."),
+        ] = None,
         trust_remote_code: Annotated[
             bool, typer.Option("--trust-remote-code", help="Run code that lies beside the config of the base.")
         ] = False,
@@ -45,6 +50,9 @@ def register(app: typer.Typer) -> None:
         from .. import export_adapter, import_adapter
 
         options: dict[str, Any] = {"base": base, "trust_remote_code": trust_remote_code}
+        own = _own(option or [], options)
+        if to == "native" and own:
+            raise ValueError(f"--option {next(iter(own))}: options are of the format that --to names")
         if to == "native":
             import_adapter(source, target, format=source_format, assume_layout=assume_layout, **options)
         elif source_format != "auto" or assume_layout is not None:
@@ -52,7 +60,20 @@ def register(app: typer.Typer) -> None:
                 f"--from and --assume-layout say how SRC is read: convert it to native first, then to the format {to!r}"
             )
         else:
-            export_adapter(source, target, format=to, **options)
+            export_adapter(source, target, to, **options, **own)
         if not as_json:
             facts({"written": target, "format": to})
         return {"path": target, "format": to}
+
+
+def _own(given: list[str], others: dict[str, Any]) -> dict[str, Any]:
+    """`NAME=VALUE` -> name and value, a number where it is one. Args: others: options that the command has itself."""
+    found: dict[str, Any] = {}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if not equals or not name.isidentifier() or name in found:
+            raise ValueError(f"--option {one!r}: expected NAME=VALUE, each name once, such as layout=stacked")
+        if name in others or name in ("src", "dst", "format", "progress"):
+            raise ValueError(f"--option {one!r}: {name} is none of the format's own options; see `convert --help`")
+        found[name] = int(value) if value.isdecimal() else value
+    return found

@@ -74,6 +74,14 @@ def test_merge_requantized(tmp_path: Path) -> None:
         (["quantize", "base", "adapter"], "adapter exists"),
         (["quantize", "base", "new", "--type", "int3"], "none of nf4, fp4 and int8"),
         (["convert", "adapter", "new", "--to", "vllm", "--from", "unsloth"], "convert it to native first"),
+        (["convert", "adapter", "new", "--to", "vllm", "--option", "rank"], "'rank': expected NAME=VALUE"),
+        (["convert", "adapter", "new", "--to", "vllm", *["--option", "rank=8"] * 2], "each name once"),
+        (["convert", "adapter", "new", "--to", "vllm", "--option", "base=x"], "none of the format's own options"),
+        (["convert", "adapter", "new", "--option", "layout=stacked"], "of the format that --to names"),
+        (
+            ["convert", "adapter", "new", "--to", "vllm", "--base", "base", "--option", "layout=stacked"],
+            "`layout`: the format 'vllm' takes moe_format, rank",
+        ),
     ],
 )
 def test_errors_are_messages(

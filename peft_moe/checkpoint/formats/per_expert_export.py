@@ -74,8 +74,8 @@ def _expert_shapes(
 
 
 def _expert_factor(one: ExpertsAdapter, slot: str, rows: slice, factor: str, position: int) -> Tensor:
-    value, rank = one.factor(slot, factor)[position], one.ranks[position]
-    return (value[:rank] if factor == "lora_A" else value[rows, :rank]).contiguous()
+    value = one.factor_of(position, slot, factor)
+    return (value if factor == "lora_A" else value[rows]).contiguous()
 
 
 def _config(adapter: NativeAdapter, values: dict[str, tuple[int, float]]) -> dict[str, Any]:
