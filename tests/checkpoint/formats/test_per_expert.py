@@ -184,6 +184,7 @@ def test_stock_peft_loads_an_export(name: str, options: dict[str, Any], tmp_path
     out = export(tmp_path, "peft-per-expert")
     theirs = loaded(base, out)
     assert is_stock(theirs)
+    assert "where they are stacks (transformers 5) import it with `peft-moe`" in (out / "README.md").read_text()
     assert_close(out_of(theirs, name), out_of(ours, name))
     assert same_files(tmp_path / "native", bring(tmp_path))
     without_note(out)
