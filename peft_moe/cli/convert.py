@@ -6,7 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ..checkpoint.formats.registry import FORMATS
 from .output import AsJson, command, facts
+
+_NAMES = ", ".join(sorted(one.name for one in FORMATS))
 
 
 def register(app: typer.Typer) -> None:
@@ -23,10 +26,10 @@ def register(app: typer.Typer) -> None:
         source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of an adapter.")],
         target: Annotated[str, typer.Argument(metavar="DST", help="New folder.")],
         to: Annotated[
-            str, typer.Option(help="native (this package's), or whom it is exported for; see docs/formats.md.")
+            str, typer.Option(help=f"native (this package's), or whom it is exported for: {_NAMES} (docs/formats.md).")
         ] = "native",
         source_format: Annotated[
-            str, typer.Option("--from", help="Format of SRC, where its files do not tell.")
+            str, typer.Option("--from", help="Format of SRC, one of the same, where its files do not tell.")
         ] = "auto",
         assume_layout: Annotated[
             str | None, typer.Option(help="How tensors of experts lie in SRC, where its files do not tell.")

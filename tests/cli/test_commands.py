@@ -146,6 +146,11 @@ def test_convert(folder: Path) -> None:  # noqa: F811
     assert not (folder / "never").exists()
 
 
+def test_convert_names_the_formats() -> None:
+    shown = call("convert", "--help").output
+    assert all(name in shown for name in ("peft", "unsloth", "vllm", "sglang"))
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantize(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
