@@ -240,6 +240,11 @@ def decomposes(init: bool | str) -> bool:
     return isinstance(init, str) and init.lower().startswith(("pissa", "olora"))
 
 
+def keeps_base(init: bool | str) -> bool:
+    """Whether an initialisation is known to leave the base as it is. On linears PEFT has more that do not."""
+    return not isinstance(init, str) or init.lower() in ("gaussian", "orthogonal", "eva")
+
+
 def _check_start(config: MoELoraConfig, spec: ExpertsSpec, settings: AdapterSettings, name: str) -> None:
     """Raise `ValueError` for ranks with which an initialisation cannot start."""
     for projection in spec.projections if settings.ranks else ():

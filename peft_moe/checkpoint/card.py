@@ -24,6 +24,8 @@ def add_loading_section(directory: str, config: Any) -> None:
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(f"{text.rstrip()}\n\n{_section(config)}".lstrip("\n"))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -74,6 +74,14 @@ def test_merge_requantized(tmp_path: Path) -> None:
         (["quantize", "base", "adapter"], "adapter exists"),
         (["quantize", "base", "new", "--type", "int3"], "none of nf4, fp4 and int8"),
         (["convert", "adapter", "new", "--to", "vllm", "--from", "unsloth"], "convert it to native first"),
+        (["convert", "adapter", "new", "--to", "vllm", "--option", "rank"], "'rank': expected NAME=VALUE"),
+        (["convert", "adapter", "new", "--to", "vllm", *["--option", "rank=8"] * 2], "each name once"),
+        (["convert", "adapter", "new", "--to", "vllm", "--option", "base=x"], "none of the format's own options"),
+        (["convert", "adapter", "new", "--option", "layout=stacked"], "of the format that --to names"),
+        (
+            ["convert", "adapter", "new", "--to", "vllm", "--base", "base", "--option", "layout=stacked"],
+            "`layout`: the format 'vllm' takes moe_format, rank",
+        ),
     ],
 )
 def test_errors_are_messages(
@@ -136,6 +144,11 @@ def test_convert(folder: Path) -> None:  # noqa: F811
     assert "convert it to native first" in found
     assert "base='nowhere'" in result("convert", target, folder / "never", "--base", "nowhere", code=3)["error"]
     assert not (folder / "never").exists()
+
+
+def test_convert_names_the_formats() -> None:
+    shown = call("convert", "--help").output
+    assert all(name in shown for name in ("peft", "unsloth", "vllm", "sglang"))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -27,6 +27,14 @@ def test_there_and_back(kind: str, tmp_path: Path) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_options_of_a_format(tmp_path: Path) -> None:
+    case("qwen3_moe", tmp_path, target_modules=[])
+    options = ["--base", tmp_path / "base", "--option", "layout=stacked", "--option", "rank=32"]
+    result("convert", tmp_path / "adapter", tmp_path / "served", "--to", "sglang", *options)
+    tensors = load_file(tmp_path / "served" / "adapter_model.safetensors")
+    assert {value.shape[1] for key, value in tensors.items() if key.endswith("experts.down_proj.lora_A.weight")} == {32}
+
+
 def test_a_reason_without_a_traceback(folder: Path) -> None:  # noqa: F811
     found = call("convert", folder / "adapter", folder / "served", "--to", "vllm", "--base", folder / "nowhere")
     assert found.exit_code == 3 and "config.json" in found.output and "Traceback" not in found.output

@@ -34,13 +34,13 @@ def write_folder(target: Path, converted: Converted, card: str, progress: bool) 
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"{twice}: two tensors of the adapter have this name in the other format")
-    target.parent.mkdir(parents=True, exist_ok=True)
     size = sum(one.nbytes for one in tensors)
-    free = shutil.disk_usage(target.parent).free
+    free = shutil.disk_usage(next(one for one in target.absolute().parents if one.exists())).free
     if size > free:
         raise ValueError(
             f"{target}: {size / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. Nothing was written."
         )
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
         temporary.chmod(0o755)  # of a temporary folder it would be 0o700

@@ -77,6 +77,16 @@ class ExpertsAdapter(Targeted):
             return value if factor == "lora_A" else value.transpose(1, 2)
         return value if value.shape[0] == len(self.experts) else value.expand(len(self.experts), -1, -1)
 
+    def factor_of(self, position: int, slot: str, factor: str) -> Tensor:
+        """`lora_A (r, in)` or `lora_B (out, r)` of one adapted expert, r its own rank. Only its rows are read."""
+        key, rank = self.keys[slot, factor], self.ranks[position]
+        if self.settings.ragged:
+            first = sum(self.ranks[:position])
+            value = self.tensors.read(key, first, first + rank)
+            return value if factor == "lora_A" else value.mT
+        row = position if self.tensors.entries[key].shape[0] == len(self.experts) else 0  # 0: of a shared factor
+        return self.tensors.read(key, row, row + 1)[0]
+
     def spread(self, value: Tensor) -> Tensor:
         """`(E', ...)` of the adapted experts -> `(E, ...)` of all, zeros for the others."""
         if self.settings.experts is None:

@@ -24,6 +24,10 @@ from .refusals import check_plain
 from .stock_export import usage
 
 CONSUMER = "stock PEFT, on lists of experts"
+_STACKS = (
+    "for a base whose experts are a list; where they are stacks (transformers 5) import it with `peft-moe`: PEFT's own "
+    "conversion passes over ranks, alphas and the choice of experts"
+)
 
 
 def export(adapter: NativeAdapter) -> Converted:
@@ -50,7 +54,7 @@ def export(adapter: NativeAdapter) -> Converted:
                     key = f"{native.PREFIX}{linear}.{factor}.weight"
                     make = partial(_expert_factor, one, slot, rows, factor, position)
                     tensors.append(planned(key, shape, one.dtype(slot, factor), make))
-    return Converted(_config(adapter, values), tensors, usage(adapter.config), [], record.of(adapter))
+    return Converted(_config(adapter, values), tensors, usage(adapter.config), [_STACKS], record.of(adapter))
 
 
 def _leaves(one: ExpertsAdapter) -> Iterator[tuple[ProjectionSpec, str, str, slice]]:
@@ -74,8 +78,8 @@ def _expert_shapes(
 
 
 def _expert_factor(one: ExpertsAdapter, slot: str, rows: slice, factor: str, position: int) -> Tensor:
-    value, rank = one.factor(slot, factor)[position], one.ranks[position]
-    return (value[:rank] if factor == "lora_A" else value[rows, :rank]).contiguous()
+    value = one.factor_of(position, slot, factor)
+    return (value if factor == "lora_A" else value[rows]).contiguous()
 
 
 def _config(adapter: NativeAdapter, values: dict[str, tuple[int, float]]) -> dict[str, Any]:

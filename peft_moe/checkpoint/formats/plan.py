@@ -12,7 +12,7 @@ functions, put together in a `Format` and listed in `registry.py`:
     that `adapter.model` and `one.module` are there (without weights). `refusals.check_plain` refuses what only merging
     keeps; what else the format cannot hold is a `ValueError` that says why and what to do instead.
 `read(adapter: ForeignAdapter, **options) -> Converted`
-    The other way: raw config and tensors of a foreign folder to a native config (`fields_of_config` takes over what
+    The other way: raw config and tensors of a foreign folder to a native config (`native_config` takes over what
     holds) and native tensors. Options that it does not declare are not passed to it.
 `recognises(adapter: ForeignAdapter) -> str | None`
     Why `format="auto"` takes a folder for this format, in words for a message; `None`: it is not. From config and

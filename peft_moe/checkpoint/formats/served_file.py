@@ -52,7 +52,10 @@ class ServedFile:
             found = set(module.stacks) | set(module.single)
             for leaf, factor in found:
                 if (leaf, _OTHER[factor]) not in found:
-                    raise ValueError(f"{path}.{leaf}: the file has {factor} and no {_OTHER[factor]}")
+                    raise ValueError(
+                        f"adapter {adapter.name!r}: {path}.{leaf}: found {factor} and no {_OTHER[factor]} beside it, "
+                        "expected both; the file is not complete: save it again, or get it again"
+                    )
         forms = {module.matrices for module in self._modules.values()}
         if len(forms) > 1:
             raise ValueError(f"{adapter.folder}: some of its experts are matrices of all, some are not")

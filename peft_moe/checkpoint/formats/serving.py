@@ -195,21 +195,14 @@ def _rank(adapter: NativeAdapter, consumer: str, needed: int, given: int | None)
 
 # --- what servers refuse -----------------------------------------------------------------------------------------
 
-_PLAIN_STARTS = ("gaussian", "orthogonal")
-
 
 def _check_config(adapter: NativeAdapter, consumer: str) -> None:
     config = adapter.config
-    start = config.init_lora_weights
     refused = {
         "use_dora": (config.use_dora, "it has no place for magnitudes"),
         "modules_to_save": (config.modules_to_save, "it serves the base's own weights beside the low-rank ones"),
         "bias": (config.bias not in (None, "none"), "it does not load trained biases"),
         "lora_bias": (config.lora_bias, "it does not load biases of adapters"),
-        "init_lora_weights": (
-            isinstance(start, str) and start.lower() not in _PLAIN_STARTS,
-            "such a start may change the base's weights, and it serves the unchanged ones",
-        ),
     }
     for option, (found, reason) in refused.items():
         if found:

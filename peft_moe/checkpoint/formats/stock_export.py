@@ -11,7 +11,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import Tensor
 
-from ...compat import targets_taken_for_experts
+from ...compat import targets_taken_for_experts, transformers_major
 from ...config import MoELoraConfig
 from ...patterns import value_of
 from ...settings import scaling_of
@@ -56,7 +56,7 @@ def convert(adapter: NativeAdapter, contiguous_r: bool) -> Converted:
     facts = ["alphas that differ between experts are folded into B"] if folded else []
     config = _config(adapter, ranks)
     note = {NOTE: role(swapped.pop())} if len(swapped) == 1 else {}
-    return Converted(config, tensors, usage(adapter.config), facts, record.of(adapter) | note)
+    return Converted(config, tensors, usage(adapter.config, "0.19.1 or later; "), facts, record.of(adapter) | note)
 
 
 def _planned(one: ExpertsAdapter, stack: Stack, path: str, factor: str, contiguous_r: bool) -> Planned:
@@ -133,13 +133,13 @@ def _targets(adapter: NativeAdapter, names: list[str]) -> list[str]:
     return sorted(ends if set(matched) == set(names) else names)
 
 
-def usage(config: MoELoraConfig) -> list[str]:
-    """How stock PEFT loads what it is given."""
+def usage(config: MoELoraConfig, needs: str = "") -> list[str]:
+    """How stock PEFT loads what it is given. Args: needs: of its version, with a "; " behind it."""
     base = config.base_model_name_or_path or "<base model>"
     return [
         "```python",
-        "from peft import PeftModel  # 0.19.1 or later; peft-moe is not needed",
-        "from transformers import AutoModelForCausalLM",
+        f"from peft import PeftModel  # {needs}peft-moe is not needed",
+        f"from transformers import AutoModelForCausalLM  # {transformers_major()}, under which it was exported",
         "",
         f'base = AutoModelForCausalLM.from_pretrained("{base}")',
         'model = PeftModel.from_pretrained(base, "<this folder>")',

@@ -172,7 +172,7 @@ def _by_layout(adapter: ForeignAdapter, one: Wrapper, assumed: str | None) -> bo
     if layout is None:
         raise ValueError(
             f"{name} is square, so shapes do not tell its layout, and its config says peft_version={version!r}. Say "
-            f"which PEFT saved it with `assume_layout=` (`--assume-layout`): one of {', '.join(LAYOUTS)}."
+            f"which PEFT saved it with `assume_layout=` (`--assume-layout`): one of {', '.join(map(repr, LAYOUTS))}."
         )
     if one.stack is None:
         raise ValueError(

@@ -16,7 +16,7 @@ from ...config import MoELoraConfig
 from ...config_input import read_config
 from ...layouts import ExpertsSpec, ProjectionSpec, find_experts
 from ...patterns import value_of
-from ...settings import AdapterSettings, nominal_scaling, resolve, scaling_of
+from ...settings import AdapterSettings, keeps_base, nominal_scaling, resolve, scaling_of
 from ...targets import targeted_experts
 from .. import native
 from ..files import check_adapter_tensors
@@ -85,6 +85,12 @@ class AdapterFiles:
             raise ValueError(
                 f"{folder} is an adapter of PEFT's `target_parameters`, whose experts lie in another layout. Convert "
                 f"it first: {_CONVERT.format(folder=folder)}."
+            )
+        start = getattr(self.config, "init_lora_weights", True)
+        if not keeps_base(start) and not stock:
+            raise ValueError(
+                f"{folder}: `init_lora_weights={start!r}` may have changed weights of the base before training, which "
+                "is not repeated on disk; load the model and use `merge_and_unload`"
             )
         for option in ("trainable_token_indices", "layer_replication"):
             if getattr(self.config, option, None):

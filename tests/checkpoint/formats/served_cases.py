@@ -138,7 +138,6 @@ class Variant:
 
     options: of its config. scaling: of each adapted expert, or of all. experts: the adapted ones, of every layer or by
     layer; `None`: all four. ranks: of the adapted experts where they differ. linears: scaling by name, else 2.
-    exact: whether float32 tensors come back bit for bit: they do unless scales were folded that are no power of two.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -146,16 +145,15 @@ class Variant:
     experts: Sequence[int] | dict[int, Sequence[int]] | None = None
     ranks: Sequence[int] | None = None
     linears: float = 2.0
-    exact: bool = True
 
 
 VARIANTS = {
     "plain": Variant(),
     "some_experts": Variant(
-        {"expert_r": 3, "expert_indices": {1: [1, 2]}, "lora_alpha": 5}, 5 / 3, {1: [1, 2]}, linears=5 / 4, exact=False
+        {"expert_r": 3, "expert_indices": {1: [1, 2]}, "lora_alpha": 5}, 5 / 3, {1: [1, 2]}, linears=5 / 4
     ),
     "listed": Variant({"expert_indices": [0, 3], "expert_alpha": 16}, 4.0, [0, 3]),
-    "down": Variant({"target_experts": ["down_proj"], "expert_alpha": 3}, 0.75, exact=False),
+    "down": Variant({"target_experts": ["down_proj"], "expert_alpha": 3}, 0.75),
     "gate_up": Variant({"target_experts": ["gate_up_proj"]}),
     "split": Variant({"split_gate_up": True}),
     "split_ragged": Variant(
@@ -166,7 +164,7 @@ VARIANTS = {
         {"expert_rank_pattern": {r".*\.0": 9, r".*\.2": 1}, "expert_alpha_pattern": {r".*\.0": 18, r".*\.2": 2}},
         ranks=[9, 4, 1, 4],
     ),
-    "alphas": Variant({"expert_alpha_pattern": {r".*\.2": 3}}, [2.0, 2.0, 0.75, 2.0], exact=False),
+    "alphas": Variant({"expert_alpha_pattern": {r".*\.2": 3}}, [2.0, 2.0, 0.75, 2.0]),
     "outer": Variant({"share_experts": "outer"}),
     "rslora": Variant({"use_rslora": True}, 4.0, linears=4.0),
     "no_linears": Variant({"target_modules": []}),

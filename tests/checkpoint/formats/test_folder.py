@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -81,9 +82,10 @@ def test_a_result_takes_the_place_of_nothing(tmp_path: Path) -> None:
 def test_not_enough_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case(ONE, tmp_path)
     monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: writing.shutil._ntuple_diskusage(1, 1, 0))
-    with pytest.raises(ValueError, match="0.00 GB are free. Nothing was written"):
-        export(tmp_path, "peft")
-    assert not (tmp_path / "out").exists()
+    for target in ("out", "new/er/out"):
+        with pytest.raises(ValueError, match="0.00 GB are free. Nothing was written"):
+            export(tmp_path, "peft", target=target)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["base", "native"]
 
 
 def test_a_tensor_that_is_not_as_planned(tmp_path: Path) -> None:
@@ -216,6 +218,8 @@ def test_cards(tmp_path: Path) -> None:
     for name in ("out", "back"):
         assert cards[name].startswith("---\nbase_model: ") and str(tmp_path / "base") in cards[name]
     assert "stock PEFT (`peft`)" in cards["out"]
+    major = transformers.__version__.partition(".")[0]  # another may hold these experts in another way
+    assert f"import AutoModelForCausalLM  # {major}, under which it was exported" in cards["out"]
     assert "converted from the format `peft`" in cards["back"]
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from peft_moe.checkpoint.tensor_file import TensorFile
 from tests.checkpoint.formats.cases import (
     NAME,
     V5,
@@ -183,10 +184,32 @@ def test_stock_peft_loads_an_export(name: str, options: dict[str, Any], tmp_path
     out = export(tmp_path, "peft-per-expert")
     theirs = loaded(base, out)
     assert is_stock(theirs)
+    assert "where they are stacks (transformers 5) import it with `peft-moe`" in (out / "README.md").read_text()
     assert_close(out_of(theirs, name), out_of(ours, name))
     assert same_files(tmp_path / "native", bring(tmp_path))
     without_note(out)
     assert_close(out_of(loaded(base, bring(tmp_path, target="plain")), name), out_of(ours, name))
+
+
+@LISTED
+@pytest.mark.parametrize("variant", [{}, {"expert_rank_pattern": {r".*\.2": 5}}], ids=["one rank", "ranks"])
+def test_an_export_reads_rows_of_single_experts(
+    variant: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the stack of a layer once for each of its experts."""
+    case("qwen3_moe", tmp_path, target_modules=[], **variant)
+    sizes: list[int] = []
+    read = TensorFile.read
+
+    def counting(self: TensorFile, *args: Any) -> Tensor:
+        value = read(self, *args)
+        sizes.append(value.numel())
+        return value
+
+    monkeypatch.setattr(TensorFile, "read", counting)
+    out = export(tmp_path, "peft-per-expert")
+    native = sum(value.numel() for value in load_file(tmp_path / "native" / NAME).values())
+    assert len(sizes) == len(load_file(out / NAME)) and sum(sizes) < 2 * native  # gate and up share their A, and B
 
 
 def test_on_another_form_of_base(tmp_path: Path) -> None:

@@ -10,13 +10,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from peft_moe import export_adapter, import_adapter
 
 from . import sglang_server, vllm_server
 from .served_cases import (
-    FILE,
     Variant,
     difference,
     expert_deltas,
@@ -66,7 +64,6 @@ def test_any_adapter(name, drawn):
         adapter = save_adapter(name, path / "adapter", base, dtype, **variant.options)
         facts = facts_of(base)
         expected = expert_deltas(adapter, variant, facts), linear_deltas(adapter, variant.linears)
-        native = load_file(adapter / FILE)
         for kind, given_options in TARGETS.items():
             for number, options in enumerate(given_options):
                 target = path / f"{kind}{number}"
@@ -74,10 +71,4 @@ def test_any_adapter(name, drawn):
                 server = vllm_server if kind == "vllm" else sglang_server
                 assert difference(server.serve(target, facts), *expected) < 1e-6
                 again = import_adapter(target, path / f"{kind}{number}-back", progress=False)
-                if dtype == torch.bfloat16:
-                    assert same_files(adapter, again)
-                    continue
-                found = load_file(again / FILE)
-                assert found.keys() == native.keys()
-                for key in native:  # a scale that was folded may cost the last bit of B
-                    torch.testing.assert_close(found[key], native[key], rtol=2**-22, atol=0)
+                assert same_files(adapter, again)

@@ -303,3 +303,18 @@ def test_options_that_contradict_each_other(tmp_path: Path) -> None:
         merge(tmp_path, dtype="int8")
     with pytest.raises(ValueError, match="requantize=True. is for FP8"):
         merge(tmp_path, requantize=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "start"),
+    [("MOELORA", "pissa"), ("MOELORA", "olora"), ("LORA", "pissa_niter_4"), ("LORA", "olora"), ("LORA", "corda")],
+)
+def test_starts_that_changed_the_base_are_refused(kind: str, start: str, tmp_path: Path) -> None:
+    """The residual that such an adapter was trained on is not what lies on the disk."""
+    case("qwen3_moe", tmp_path)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"peft_type": kind, "init_lora_weights": start}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}'.*not repeated on disk.*`merge_and_unload`"):
+        merge(tmp_path)
+    assert not (tmp_path / "out").exists()
