@@ -139,6 +139,8 @@ def contender(name: str, shape: Shape, rank: int, device: torch.device, dtype: t
     torch.manual_seed(0)
     block = Block(shape, device, dtype)
     name, _, base = name.partition("@")
+    if base and name in peers.PEERS:
+        raise peers.PeerError(f"measured on 16-bit experts alone: {name}, not {name}@{base}")
     if base:
         quantize(block, base, shape, device)
     if name == "frozen":
@@ -203,7 +205,8 @@ def run(
                 error = peers.check(model, *inputs(min(tokens), shape, device, dtype, zipf))
                 print(f"{name:10s} agrees with a float64 loop over experts: largest relative error {error:.1e}")
         except peers.PeerError as reason:
-            traceback.print_exception(reason)
+            if reason.__cause__ is not None:
+                traceback.print_exception(reason)
             print(f"{name:10s} not timed: {reason}", flush=True)
             continue
         for count in tokens:
