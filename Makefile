@@ -10,7 +10,7 @@
 # PIP_ARGS   options for pip install, for example an index with CPU-only builds of torch
 # PYTEST     options for pytest, for example PYTEST='-k merge -x'
 # DEMO       options for the demo, for example DEMO='--steps 100'
-# BENCH      options for the benchmark, for example BENCH='--tokens 512 4096'
+# BENCH      options for the benchmark, for example BENCH='--tokens 512 4096', or BENCH='--peers' (benchmarks/peers.py)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

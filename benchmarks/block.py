@@ -2,10 +2,12 @@
 
     python benchmarks/block.py                    # Qwen3-30B-A3B's block, on the GPU (tiny sizes on a CPU)
     python benchmarks/block.py --tokens 512 4096  --repeats 30
+    python benchmarks/block.py --peers            # with every peer that is installed
 
 Contenders: `frozen` (transformers' grouped experts, no adapter), `plain` (separate grouped products and autograd),
 `peft` (stock PEFT, `target_parameters`), `peft-moe`,
-`peft-moe:BACKEND`, and `peft-moe@nf4`, `peft-moe@fp8` on quantized experts. Times are medians of CUDA events; peak is
+`peft-moe:BACKEND`, `peft-moe@nf4`, `peft-moe@fp8` on quantized experts, and the peers `unsloth` and `axolotl` (see
+peers.py), which are timed once their result agrees with a loop over experts. Times are medians of CUDA events; peak is
 the most memory allocated above the resident weights. Ratios count: absolute times hold for one machine.
 """
 
@@ -13,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peers
 import peft
 import torch
 import transformers
@@ -135,13 +139,15 @@ def contender(name: str, shape: Shape, rank: int, device: torch.device, dtype: t
     torch.manual_seed(0)
     block = Block(shape, device, dtype)
     name, _, base = name.partition("@")
+    if base and name in peers.PEERS:
+        raise peers.PeerError(f"measured on 16-bit experts alone: {name}, not {name}@{base}")
     if base:
         quantize(block, base, shape, device)
     if name == "frozen":
         return block
     if name == "plain":
         return Plain(block, shape, rank)
-    if name == "peft":
+    if name == "peft" or name in peers.PEERS:
         config: peft.PeftConfig = peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules=[],
             target_parameters=["experts.gate_up_proj", "experts.down_proj"], init_lora_weights=False,
@@ -151,7 +157,22 @@ def contender(name: str, shape: Shape, rank: int, device: torch.device, dtype: t
             r=rank, lora_alpha=2 * rank, target_modules=[], init_lora_weights=False,
             experts_backend=name.partition(":")[2] or "auto",
         )  # fmt: skip
-    return peft.get_peft_model(block, config, autocast_adapter_dtype=False)
+    model = peft.get_peft_model(block, config, autocast_adapter_dtype=False)
+    if name in peers.PEERS:
+        peers.attach(name, model)
+    return model
+
+
+def inputs(
+    count: int, shape: Shape, device: torch.device, dtype: torch.dtype, zipf: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x `(T, H)`, index and weights `(T, k)`, and the output's gradient `(T, H)`; x and weights are leaves."""
+    chosen = scores(count, shape.experts, zipf).softmax(dim=-1).topk(shape.top_k, dim=-1)
+    weights, index = (value.to(device) for value in chosen)
+    generator = torch.Generator().manual_seed(count)
+    x = torch.randn(count, shape.hidden, generator=generator).to(device, dtype).requires_grad_()
+    probe = torch.randn(count, shape.hidden, generator=generator).to(device, dtype)
+    return x, index, weights.to(dtype).requires_grad_(), probe
 
 
 def scores(count: int, experts: int, zipf: bool) -> Tensor:
@@ -178,14 +199,18 @@ def run(
     """A row for every contender and number of tokens."""
     rows = []
     for name in names:
-        model = contender(name, shape, rank, device, dtype)
+        try:
+            model = contender(name, shape, rank, device, dtype)
+            if name in peers.PEERS:
+                error = peers.check(model, *inputs(min(tokens), shape, device, dtype, zipf))
+                print(f"{name:10s} agrees with a float64 loop over experts: largest relative error {error:.1e}")
+        except peers.PeerError as reason:
+            if reason.__cause__ is not None:
+                traceback.print_exception(reason)
+            print(f"{name:10s} not timed: {reason}", flush=True)
+            continue
         for count in tokens:
-            chosen = scores(count, shape.experts, zipf).softmax(dim=-1).topk(shape.top_k, dim=-1)
-            weights, index = (value.to(device) for value in chosen)
-            weights = weights.to(dtype).requires_grad_()
-            generator = torch.Generator().manual_seed(count)
-            x = torch.randn(count, shape.hidden, generator=generator).to(device, dtype).requires_grad_()
-            probe = torch.randn(count, shape.hidden, generator=generator).to(device, dtype)
+            x, index, weights, probe = inputs(count, shape, device, dtype, zipf)
             leaves = [x, weights, *model.parameters()]
 
             def step(
@@ -213,6 +238,7 @@ def main() -> None:
     """Measure and print; with --out write the rows as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contenders", nargs="+", default=["frozen", "peft", "peft-moe"])
+    parser.add_argument("--peers", action="store_true", help="add every peer that is installed (see peers.py)")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--ranks", nargs="+", type=int, default=[16])
@@ -229,15 +255,21 @@ def main() -> None:
         f"{machine}; torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
         f"peft-moe {peft_moe.__version__}"
     )
+    names = arguments.contenders
+    if arguments.peers:
+        found = peers.installed()
+        for name in peers.PEERS:
+            print(f"{name} {found.get(name, 'is not installed')}")
+        names = [*names, *(name for name in found if name not in names)]
     rows: list[dict[str, float | str | int]] = []
     for shape in arguments.shapes or ["qwen3-30b" if on_gpu else "tiny"]:
         for rank in arguments.ranks:
             print(f"{shape}, r={rank}{', zipf' * arguments.zipf}{', forward only' * arguments.forward_only}")
-            found = run(
-                arguments.contenders, SHAPES[shape], tokens, rank, arguments.repeats, device,
+            measured = run(
+                names, SHAPES[shape], tokens, rank, arguments.repeats, device,
                 torch.bfloat16 if on_gpu else torch.float32, arguments.zipf, arguments.forward_only,
             )  # fmt: skip
-            rows += [{"shape": shape, "rank": rank, **row} for row in found]
+            rows += [{"shape": shape, "rank": rank, **row} for row in measured]
     if arguments.out is not None:
         arguments.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
 

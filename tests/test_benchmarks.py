@@ -12,6 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.oracle import experts_oracle
+
 pytest.importorskip("bitsandbytes")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SIZES = {"layers": 2, "hidden": 128, "inner": 128, "experts": 4}
@@ -21,6 +23,7 @@ def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their annotations
     spec.loader.exec_module(module)
     return module
 
@@ -120,3 +123,72 @@ def test_routed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     ]  # fmt: skip
     assert all(row["experts"] <= row["built"] and row["ratio"] > 0 for row in rows)
     assert capsys.readouterr().out.count("| nf4 |") == 3
+
+
+def test_peers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if int(version("transformers").split(".")[0]) < 5:
+        pytest.skip("stacked experts: transformers 5")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    block = script("block")
+    peers = block.peers
+
+    def scaled(model: torch.nn.Module) -> None:
+        model.register_forward_hook(lambda module, inputs, output: 1.01 * output)
+
+    def without_adapter(model: torch.nn.Module) -> None:
+        for wrapper in peers.wrappers(model).values():
+            wrapper.enable_adapters(False)
+            wrapper.lora_A.requires_grad_(True), wrapper.lora_B.requires_grad_(True)
+
+    def handing_back(model: torch.nn.Module) -> None:
+        wrapper = peers.wrappers(model)["down_proj"]
+        wrapper.forward = peers._handed_back.__get__(wrapper)
+
+    def changed(model: torch.nn.Module) -> None:
+        torch.no_such_function()  # type: ignore[attr-defined]
+
+    puts = {"right": lambda model: None, "scaled": scaled, "without": without_adapter, "back": handing_back}
+    puts |= {"changed": changed}
+    monkeypatch.setattr(
+        peers,
+        "PEERS",
+        {name: ("peft", put) for name, put in puts.items()} | {"absent": ("a_package_nobody_has", lambda model: None)},
+    )
+    arguments = ["--contenders", "peft", "absent", "right@nf4", "--peers", "--tokens", "16", "24", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["block.py", *arguments])
+    block.main()
+    printed = capsys.readouterr().out
+    assert f"right {version('peft')}\n" in printed and "absent is not installed\n" in printed
+    assert "right      agrees with a float64 loop over experts" in printed
+    timed = [line.split()[0] for line in printed.splitlines() if " ms " in line]
+    assert timed == ["peft", "peft", "right", "right"]
+    for name, reason in {
+        "scaled": "differs from a float64 loop over experts: relative errors output 1.0e-02, x 1.0e-02",
+        "without": "expected gradients of x, the weights and the factors alone; it differs in ['base_model",
+        "back": "handed down_proj back to PEFT's own forward",
+        "changed": f"peft {version('peft')} has changed or lacks a dependency",
+        "absent": "a_package_nobody_has is not installed: pip install",
+        "right@nf4": "measured on 16-bit experts alone",
+    }.items():
+        assert f"{name:10s} not timed: {reason}" in printed, printed
+
+
+@pytest.mark.parametrize("gpt_oss", [False, True])
+def test_loop_of_peers(gpt_oss: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop the peers are held to, against the other oracle: its output; its gradients against PEFT's own."""
+    if int(version("transformers").split(".")[0]) < 5:
+        pytest.skip("stacked experts: transformers 5")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    block = script("block")
+    shape, cpu = block.Shape(6, 2, 16, 24, gpt_oss=gpt_oss), torch.device("cpu")
+    model = block.contender("peft", shape, 4, cpu, torch.float32)
+    x, index, weights, probe = block.inputs(20, shape, cpu, torch.float32, zipf=True)
+    deltas = {
+        name: wrapper.get_delta_weight("default").detach() for name, wrapper in block.peers.wrappers(model).items()
+    }
+    deltas = {name: (delta.mT if gpt_oss else delta).double() for name, delta in deltas.items()}
+    experts = block.peers.wrappers(model)["down_proj"].get_base_layer()
+    expected = experts_oracle(experts, (x.detach(), index, weights.detach()), deltas)
+    found = block.peers.loop(model, x, index, weights, probe)
+    torch.testing.assert_close(found["output"], expected, rtol=1e-6, atol=1e-6)
+    assert block.peers.check(model, x, index, weights, probe) < 1e-5
