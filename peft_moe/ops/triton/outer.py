@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .launch import launch
 
-_COLUMNS = 64
+_COLUMNS, _STEP = 128, 32
 
 
 @triton.jit
@@ -107,8 +107,8 @@ def outer(first: Factor, second: Factor, scale: Tensor | None, order: Tensor, of
     launch(
         _outer_kernel, (tiles, len(offsets)), (*arguments, scale, order, offsets),
         RANK=first.small.shape[1], HAS_SOURCE_1=first.source is not None, HAS_SOURCE_2=second.source is not None,
-        HAS_SCALE=scale is not None, COLUMNS=_COLUMNS, STEP=64,
+        HAS_SCALE=scale is not None, COLUMNS=_COLUMNS, STEP=_STEP,
         PRECISION="ieee" if first.big.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=4,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     return found[0], found[1]

@@ -149,7 +149,9 @@ def _tiles(rows: int, experts: int, columns: int, device: torch.device, scaled: 
     mean = rows / experts
     if columns <= 64:  # LoRA A by itself
         width = max(16, 1 << (columns - 1).bit_length())
-        return {"ROWS": 128 if mean > FEW_ROWS else 32, "COLUMNS": width, "STEP": 64, "num_warps": 4, "num_stages": 4}
+        if mean <= LARGE_ROWS:
+            return {"ROWS": 32, "COLUMNS": width, "STEP": 64, "num_warps": 2, "num_stages": 3}
+        return {"ROWS": 128, "COLUMNS": width, "STEP": 64, "num_warps": 4, "num_stages": 4}
     if mean <= 16:
         return {"ROWS": 16, "COLUMNS": 128, "STEP": _LONGEST_STEP, "num_warps": 4, "num_stages": 3}
     if scaled:  # codes become 16-bit in registers, of which large tiles leave none
@@ -165,6 +167,7 @@ def _tiles(rows: int, experts: int, columns: int, device: torch.device, scaled: 
 
 _LONGEST_STEP = 128
 FEW_ROWS = 48  # of an expert on average: up to here LoRA A rides along
+LARGE_ROWS = 512  # up to here LoRA A by itself takes small tiles
 HALVED_ROWS = 128  # tiles of so many or more are halved where an expert has no more rows
 MANY_ROWS = 448  # above, descriptors pay
 
