@@ -11,6 +11,7 @@ from peft import LoraConfig
 
 from ...config import MoELoraConfig
 from ...config_input import check_types
+from ..files import check_adapter_tensors
 from ..json_input import read_object
 from ..merge.source import adapter_folder
 from ..tensor_file import TensorFile
@@ -36,6 +37,7 @@ class ForeignAdapter:
         self.config = read_object(path)
         check_types(LoraConfig, self.config, path)
         self.tensors = TensorFile(self.folder / "adapter_model.safetensors")
+        check_adapter_tensors(self.tensors.path, self.tensors.entries)
         self.base: Base | None = None
 
     @property

@@ -73,14 +73,16 @@ def _as_it_lies(file: ServedFile) -> Found:
     indices = {path: chosen for path, chosen in experts.items() if len(chosen) < len(used[path])}
     fields: dict[str, Any] = {"split_gate_up": not file.joined and "gate_up_proj" in targets}
     if len(experts) < len(used):
-        fields["expert_indices"] = {_layer(path): list(chosen) for path, chosen in experts.items()}
+        fields["expert_indices"] = {_layer(file, path): list(chosen) for path, chosen in experts.items()}
     return Found(pairs, file.others, [], indices, fields=fields)
 
 
-def _layer(path: str) -> int:
+def _layer(file: ServedFile, path: str) -> int:
     number = layer_number(path)
     if number is None:
-        raise ValueError(f"{path}: some experts modules are all zeros, and this one has no number to tell them apart")
+        raise ValueError(
+            f"{file.where}: {path}: some experts modules are all zeros, and this one has no number to tell them apart"
+        )
     return number
 
 

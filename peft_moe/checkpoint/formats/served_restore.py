@@ -104,6 +104,9 @@ class _Restored:
         spec = self._spec(name, shapes)
         settings = resolve(self.known.config, spec, name)
         expected = keys.expected_shapes(name, spec, settings)
+        experts = {value.shape[0] for value in stacks.values()}
+        if settings.rank > self.file.rank or experts != {spec.num_experts}:  # nothing is made that is not in the file
+            raise _Disagrees
         if expected != {keys.full_key(key): shapes[where] for where, key in mine.items()}:
             raise _Disagrees
         entries = {key: Entry(CODES[self.known.tensors[key][0]], shapes[where], 0, 0) for where, key in mine.items()}
@@ -177,13 +180,16 @@ class _Restored:
 
     def _linear(self, key: str, path: str, factor: str) -> Tensor:
         config, found = self.known.config, self.file.adapter.tensors.read(key)
+        partner = self.file.adapter.tensors.entries.get(key.replace(".lora_B.", ".lora_A."))
+        if partner is None or found.dim() != 2:
+            raise _Disagrees
         rank = value_of(config.rank_pattern, path, config.r)
         alpha = value_of(config.alpha_pattern, path, config.lora_alpha)
         ratio = ratios([scaling_of(config, alpha, rank)], self.file.scale)
         ratio = None if ratio is None or factor == "lora_A" else ratio[0]
         value = found[:rank] if factor == "lora_A" else found[:, :rank]
         # What B was before it was folded into a wider dtype, A still is.
-        dtype = self.file.adapter.tensors.entries[key.replace(".lora_B.", ".lora_A.")].dtype or found.dtype
+        dtype = partner.dtype or found.dtype
         value = _unscaled(value, ratio).to(dtype if factor == "lora_B" else found.dtype)
         if not _agree(padded(scaled(value, ratio), factor, self.file.rank), found, folded=ratio is not None):
             raise _Disagrees

@@ -16,6 +16,7 @@ from ...config import MoELoraConfig
 from ...patterns import value_of
 from ...settings import scaling_of
 from .. import native as keys
+from ..card import load_base
 from . import record
 from .foreign import config_dict
 from .fuse import alpha_for, full_dtype, full_factor, fused_rank
@@ -135,13 +136,12 @@ def _targets(adapter: NativeAdapter, names: list[str]) -> list[str]:
 
 def usage(config: MoELoraConfig) -> list[str]:
     """How stock PEFT loads what it is given."""
-    base = config.base_model_name_or_path or "<base model>"
     return [
         "```python",
         "from peft import PeftModel  # 0.19.1 or later; peft-moe is not needed",
         "from transformers import AutoModelForCausalLM",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+        load_base(config),
         'model = PeftModel.from_pretrained(base, "<this folder>")',
         "```",
     ]
