@@ -153,6 +153,8 @@ class MoELoraConfig(LoraConfig):
             return read()  # which says what is not there
         config = checked(folder, read)
         file = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        if os.path.lexists(file) and not os.path.isfile(file):
+            raise ValueError(f"{file} is no file, or a link to none")  # from a pipe one would read without end
         if isinstance(config, cls) and os.path.isfile(file):
             entries, _ = read_header(file)
             check_adapter_tensors(file, entries)

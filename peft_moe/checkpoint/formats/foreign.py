@@ -71,6 +71,8 @@ def native_config(foreign: Mapping[str, Any], **fields: Any) -> MoELoraConfig:
     taken = {key: value for key, value in foreign.items() if key in known - _NOT_TAKEN}
     try:
         return MoELoraConfig(**({"peft_type": "MOELORA"} | taken | fields))  # a name: it is looked at as JSON
+    except ValueError as error:
+        raise ValueError(f"adapter_config.json: {error}") from error
     except (TypeError, AttributeError) as error:  # a value of a kind that PEFT's own checks do not expect
         raise ValueError(f"adapter_config.json: an option has a value of the wrong kind: {error}") from error
 

@@ -44,6 +44,8 @@ class _Held:
 
 def restored(file: ServedFile, known: Record) -> Converted | None:
     """The native adapter that a file was made of; `None` if it has been changed since."""
+    if not file.scale:  # no export has it, and nothing could be folded out of zeros
+        return None
     found = _Restored(file, known)
     try:
         tensors = [*found.experts(), *found.linears()]
