@@ -71,7 +71,7 @@ def read(adapter: ForeignAdapter) -> Record | None:
         experts = {str(name): count for name, (_, count) in content["modules"].items()}
         if not (
             all(type(count) is int and 0 < count <= MOST_EXPERTS for count in experts.values())
-            and all(type(size) is int and size > 0 for _, shape in tensors.values() for size in shape)
+            and all(type(size) is int and 0 < size < 2**31 for _, shape in tensors.values() for size in shape)
             and all(gate in (None, "concatenated", "interleaved") for gate in gates.values())
             and native.expert_keys(tensors) == tensors.keys()
         ):
@@ -101,7 +101,7 @@ def restore(adapter: ForeignAdapter, found: Found) -> Converted | None:
             restored = _Restored(noted, name, mine, pairs[native.canonical(f".{name}.")], found)
             if not restored.agrees():
                 return None
-        except (ValueError, KeyError, IndexError, RuntimeError):  # of a note that somebody wrote by hand
+        except (ValueError, LookupError, RuntimeError, ArithmeticError):  # of a note that somebody wrote by hand
             return None
         for key in mine.values():
             dtype, shape = noted.tensors[key]

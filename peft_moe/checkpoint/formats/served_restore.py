@@ -90,7 +90,13 @@ class _Restored:
             try:
                 one, ratio = self._made(name, mine, stacks)
                 again = (joined if self.file.joined else apart)(one, self.file.rank, ratio)
-            except (ValueError, KeyError, RuntimeError, IndexError, StopIteration) as error:  # a note that fits nothing
+            except (
+                ValueError,
+                LookupError,
+                RuntimeError,
+                ArithmeticError,
+                StopIteration,
+            ) as error:  # a note that fits nothing
                 raise _Disagrees from error
             for where, value in stacks.items():
                 folded = ratio is not None and where[1] == "lora_B"
