@@ -83,7 +83,8 @@ def _no_keys(note: Any) -> None:
 NOTES = {
     "no end of experts": _experts(10**12), "infinitely many": _experts(float("inf")), "none": _experts(0),
     "no number of experts": _experts("4"), "a rank without end": _huge_rank, "one of many experts": _first_of_many,
-    "shapes of text": _no_numbers, "shapes without end": _huge_shape, "keys of nothing": _no_keys, "a list": lambda note: note.update(config=[]),
+    "shapes of text": _no_numbers, "shapes without end": _huge_shape, "keys of nothing": _no_keys,
+    "a list": lambda note: note.update(config=[]),
     "an unknown gate": lambda note: note.update(modules={one: ["x", 4] for one in note["modules"]}),
 }  # fmt: skip
 
