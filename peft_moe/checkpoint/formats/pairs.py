@@ -92,11 +92,16 @@ def to_native(adapter: ForeignAdapter, found: Found, noted: Found | None = None)
     if converted is None:
         found.some_modules = adapter.base is not None and _some(adapter.base, found, adapter.name)
         converted = _general(adapter, found)
+    check_fits(adapter, converted)
+    return converted
+
+
+def check_fits(adapter: ForeignAdapter, converted: Converted) -> None:
+    """Raise `ValueError` if a native adapter does not fit the base, where that is here."""
     if adapter.base is not None:
         config = native_config(converted.config)
         shapes = {one.key: tuple(one.shape) for one in converted.tensors}
         adapter.base.first(lambda model: bind(config, shapes, model, adapter.name))
-    return converted
 
 
 def _some(base: Base, found: Found, adapter: str) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...adapter import pack
 from ...config import MoELoraConfig
 from ...layouts import ExpertsSpec, ProjectionSpec
-from ...settings import nominal_scaling, resolve
+from ...settings import decomposes, nominal_scaling, resolve
 from .. import native
 from ..header import DTYPES
 from ..shapes import MOST_EXPERTS
@@ -76,7 +76,10 @@ def read(adapter: ForeignAdapter) -> Record | None:
             and native.expert_keys(tensors) == tensors.keys()
         ):
             return None
-        return Record(native_config(content["config"]), tensors, gates, experts)
+        config = native_config(content["config"])
+        if config.use_dora or decomposes(config.init_lora_weights):  # such an adapter is not exported
+            return None
+        return Record(config, tensors, gates, experts)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 

@@ -17,7 +17,7 @@ from . import record
 from .foreign import ForeignAdapter
 from .fuse import target_of
 from .native import NativeAdapter
-from .pairs import Found, Pair, to_native
+from .pairs import Found, Pair, check_fits, to_native
 from .plan import Converted
 from .served_file import ServedFile
 from .served_restore import restored
@@ -46,7 +46,10 @@ def read_served(adapter: ForeignAdapter, kind: str) -> Converted:
     file = ServedFile(adapter)
     known = record.read(adapter) if marked_as(adapter, kind) else None
     found = None if known is None else restored(file, known)
-    return found or to_native(adapter, _as_it_lies(file))
+    if found is None:
+        return to_native(adapter, _as_it_lies(file))
+    check_fits(adapter, found)
+    return found
 
 
 def _as_it_lies(file: ServedFile) -> Found:

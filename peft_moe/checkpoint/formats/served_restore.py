@@ -123,7 +123,10 @@ class _Restored:
         ratio = ratios([one.scaling(position) for position in range(len(one.experts))], self.file.scale)
         for projection, slot in one.slots():
             for factor in FACTORS:
-                held.values[mine[slot, factor]] = self._value(one, projection, slot, factor, stacks, ratio)
+                value = self._value(one, projection, slot, factor, stacks, ratio)
+                if value.shape != shapes[slot, factor]:
+                    raise _Disagrees
+                held.values[mine[slot, factor]] = value
         return one, ratio
 
     def _spec(self, name: str, shapes: dict[tuple[str, str], tuple[int, ...]]) -> ExpertsSpec:

@@ -76,6 +76,16 @@ def _huge_shape(note: Any) -> None:
         one[1][1] = 2**64
 
 
+def _other_shape(note: Any) -> None:
+    for key, one in note["tensors"].items():
+        if key.endswith("down_proj.lora_B"):
+            one[1][-1] += 1
+
+
+def _other_start(note: Any) -> None:
+    note["config"]["init_lora_weights"] = "olora"
+
+
 def _no_keys(note: Any) -> None:
     note["tensors"] = {"x": next(iter(note["tensors"].values()))}
 
@@ -83,7 +93,8 @@ def _no_keys(note: Any) -> None:
 NOTES = {
     "no end of experts": _experts(10**12), "infinitely many": _experts(float("inf")), "none": _experts(0),
     "no number of experts": _experts("4"), "a rank without end": _huge_rank, "one of many experts": _first_of_many,
-    "shapes of text": _no_numbers, "shapes without end": _huge_shape, "keys of nothing": _no_keys,
+    "shapes of text": _no_numbers, "shapes without end": _huge_shape, "another shape": _other_shape,
+    "a start that changes the base": _other_start, "keys of nothing": _no_keys,
     "a list": lambda note: note.update(config=[]),
     "an unknown gate": lambda note: note.update(modules={one: ["x", 4] for one in note["modules"]}),
 }  # fmt: skip
@@ -122,6 +133,22 @@ def test_half_an_expert_of_a_server(factor: str, tmp_path: Path) -> None:
     save_file(tensors, out / NAME)
     with pytest.raises(ValueError, match=r"experts\.1\.down_proj: the file has lora_[AB] and no lora_[AB]"):
         bring(tmp_path, format="vllm")
+
+
+@pytest.mark.parametrize("format", ["vllm", "sglang"])
+def test_linears_of_an_export_fit_the_base(format: str, tmp_path: Path) -> None:
+    """Also where everything else is as this package wrote it."""
+    out = exported(tmp_path, format, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    with safe_open(out / NAME, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(out / NAME)
+    q, k = (next(key for key in tensors if f"{name}.lora_B" in key) for name in ("q_proj", "k_proj"))
+    assert tensors[q].shape != tensors[k].shape
+    tensors[q], tensors[k] = tensors[k], tensors[q]
+    save_file(tensors, out / NAME, metadata)
+    with pytest.raises(ValueError, match=r"[qk]_proj.*found shape"):
+        bring(tmp_path)
+    assert not (tmp_path / "back").exists()
 
 
 def test_a_small_file_does_not_become_a_huge_one(tmp_path: Path) -> None:
