@@ -163,12 +163,13 @@ def test_linears_that_are_not_what_the_config_says(damage: str, tmp_path: Path) 
     refused(tmp_path, said[damage])
 
 
-def test_experts_that_only_look_like_the_expected_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("old, new", [("experts.", "experts<"), ("up_proj.weight", "up_projnweight")])
+def test_experts_that_only_look_like_the_expected_ones(old: str, new: str, tmp_path: Path) -> None:
     """Names are matched by regexes in which a dot stands for anything."""
     case("qwen3_moe", tmp_path)
     path = tmp_path / "base" / "model.safetensors"
     tensors = load_file(path)
-    key = next(key for key in tensors if re.search(r"experts\.0\.gate_proj", key))
-    tensors[key.replace("experts.", "experts<")] = tensors.pop(key)
+    key = next(key for key in tensors if re.search(r"experts\.0\.up_proj", key))
+    tensors[key.replace(old, new)] = tensors.pop(key)
     save_file(tensors, path, metadata={"format": "pt"})
     refused(tmp_path, "experts")
