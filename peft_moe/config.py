@@ -158,6 +158,8 @@ class MoELoraConfig(LoraConfig):
         if isinstance(config, cls) and os.path.isfile(file):
             entries, _ = read_header(file)
             check_adapter_tensors(file, entries)
+            if config.trainable_token_indices and not any("trainable_tokens_delta" in key for key in entries):
+                raise ValueError(f"{file}: the values of `trainable_token_indices` of its config are missing")
             config.file_shapes = {key: one.shape for key, one in entries.items()}
         else:
             check_pickle(name, below, kwargs)

@@ -247,6 +247,17 @@ def test_copies_without_number(option: str, value: Any, adapter: Path) -> None:
         PeftModel.from_pretrained(ENTRIES["qwen3_moe"].build(), adapter)
 
 
+@pytest.mark.parametrize("targets", [[], "all"])
+def test_tokens_without_values(targets: Any, tmp_path: Path) -> None:
+    model = get_peft_model(
+        ENTRIES["qwen3_moe"].build(), MoELoraConfig(target_modules=["q_proj"], target_experts=targets)
+    )
+    model.save_pretrained(tmp_path)
+    change(tmp_path, trainable_token_indices=[1, 2])
+    with pytest.raises(ValueError, match="`trainable_token_indices`.*missing"):
+        PeftModel.from_pretrained(ENTRIES["qwen3_moe"].build(), tmp_path)
+
+
 def test_texts_that_are_none(adapter: Path) -> None:
     path = adapter / "adapter_config.json"
     path.write_text(path.read_text().replace('"base_model_name_or_path": null', '"base_model_name_or_path": "\\ud800"'))
