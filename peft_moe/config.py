@@ -122,6 +122,7 @@ class MoELoraConfig(LoraConfig):
         self.peft_type = peft_type()
         for option in ("rank_pattern", "alpha_pattern"):  # `null` in a file, and PEFT asks for keys
             setattr(self, option, getattr(self, option) or {})
+        self.trainable_token_indices = self.trainable_token_indices or None  # PEFT looks for the values of no tokens
         self._check_format()
         check_input(self)
         self._normalise_targets()

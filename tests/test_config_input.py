@@ -256,6 +256,8 @@ def test_tokens_without_values(targets: Any, tmp_path: Path) -> None:
     change(tmp_path, trainable_token_indices=[1, 2])
     with pytest.raises(ValueError, match="`trainable_token_indices`.*missing"):
         PeftModel.from_pretrained(ENTRIES["qwen3_moe"].build(), tmp_path)
+    change(tmp_path, trainable_token_indices=[])
+    PeftModel.from_pretrained(ENTRIES["qwen3_moe"].build(), tmp_path)
 
 
 def test_texts_that_are_none(adapter: Path) -> None:
