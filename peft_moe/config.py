@@ -122,7 +122,8 @@ class MoELoraConfig(LoraConfig):
         self.peft_type = peft_type()
         for option in ("rank_pattern", "alpha_pattern"):  # `null` in a file, and PEFT asks for keys
             setattr(self, option, getattr(self, option) or {})
-        self.trainable_token_indices = self.trainable_token_indices or None  # PEFT looks for the values of no tokens
+        if not vars(self)["trainable_token_indices"]:  # PEFT looks for the values of no tokens
+            self.trainable_token_indices = None
         self._check_format()
         check_input(self)
         self._normalise_targets()
