@@ -123,7 +123,7 @@ class MoELoraConfig(LoraConfig):
         for option in ("rank_pattern", "alpha_pattern"):  # `null` in a file, and PEFT asks for keys
             setattr(self, option, getattr(self, option) or {})
         if not vars(self)["trainable_token_indices"]:  # PEFT looks for the values of no tokens
-            self.trainable_token_indices = None
+            vars(self)["trainable_token_indices"] = None
         self._check_format()
         check_input(self)
         self._normalise_targets()
