@@ -120,10 +120,10 @@ class MoELoraConfig(LoraConfig):
             check_types(type(self), vars(self))
         super().__post_init__()
         self.peft_type = peft_type()
-        for option in ("rank_pattern", "alpha_pattern"):  # `null` in a file, and PEFT asks for keys
-            setattr(self, option, getattr(self, option) or {})
-        if not vars(self)["trainable_token_indices"]:  # PEFT looks for the values of no tokens
-            vars(self)["trainable_token_indices"] = None
+        # `null` in a file, where PEFT asks for keys; and no tokens at all, of which it looks for the values.
+        empty: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "trainable_token_indices": None}
+        for option, nothing in empty.items():
+            setattr(self, option, getattr(self, option) or nothing)
         self._check_format()
         check_input(self)
         self._normalise_targets()
