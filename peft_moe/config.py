@@ -120,8 +120,10 @@ class MoELoraConfig(LoraConfig):
             check_types(type(self), vars(self))
         super().__post_init__()
         self.peft_type = peft_type()
-        for option in ("rank_pattern", "alpha_pattern"):  # `null` in a file, and PEFT asks for keys
-            setattr(self, option, getattr(self, option) or {})
+        # `null` in a file, where PEFT asks for keys; and no tokens at all, of which it looks for the values.
+        empty: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "trainable_token_indices": None}
+        for option, nothing in empty.items():
+            setattr(self, option, getattr(self, option) or nothing)
         self._check_format()
         check_input(self)
         self._normalise_targets()
@@ -153,9 +155,13 @@ class MoELoraConfig(LoraConfig):
             return read()  # which says what is not there
         config = checked(folder, read)
         file = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        if os.path.lexists(file) and not os.path.isfile(file):
+            raise ValueError(f"{file} is no file, or a link to none")  # from a pipe one would read without end
         if isinstance(config, cls) and os.path.isfile(file):
             entries, _ = read_header(file)
             check_adapter_tensors(file, entries)
+            if config.trainable_token_indices and not any("trainable_tokens_delta" in key for key in entries):
+                raise ValueError(f"{file}: the values of `trainable_token_indices` of its config are missing")
             config.file_shapes = {key: one.shape for key, one in entries.items()}
         else:
             check_pickle(name, below, kwargs)

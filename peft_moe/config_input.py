@@ -21,6 +21,7 @@ from .ops.grouped import log_once
 from .patterns import check_patterns
 
 MAX_ITERATIONS = 1000  # of an initialisation that a config asks for
+MAX_COPIES = 10_000  # of layers or tokens that a config asks for: memory is taken for each
 ALLOW_PICKLE = "PEFT_MOE_ALLOW_PICKLE"
 _PAIRS = ("expert_rank_pattern", "expert_alpha_pattern")  # written as pairs where their order counts
 _FLOATS = ("lora_alpha",)  # annotated as integers, and used as any number
@@ -111,13 +112,7 @@ def check_types(cls: Any, values: Mapping[str, Any], where: Any = None) -> None:
 
 def check_input(config: LoraConfig) -> None:
     """Raise `ValueError` for regexes that take long, for values that make one wait, and for modules to import."""
-    for option in ("rank_pattern", "alpha_pattern"):
-        found = getattr(config, option) or {}
-        _patterns(config, option, found)
-        for pattern, value in found.items():
-            number = isinstance(value, int if option == "rank_pattern" else (int, float))
-            if not number or isinstance(value, bool) or (option == "rank_pattern" and value <= 0):
-                _refuse(config, option, found, f"has no number for {pattern!r} that could be one of its kind")
+    check_ranks_and_alphas(vars(config), type(config).__name__)
     for option in ("target_modules", "exclude_modules"):
         if isinstance(getattr(config, option), str):  # lists are plain names
             _patterns(config, option, [getattr(config, option)])
@@ -136,11 +131,39 @@ def check_input(config: LoraConfig) -> None:
     steps = loftq.get("loftq_iter", 1) if isinstance(loftq, dict) else loftq.loftq_iter
     if isinstance(steps, (int, float)) and steps > MAX_ITERATIONS:
         _refuse(config, "loftq_config", loftq, f"asks for more than {MAX_ITERATIONS} iterations")
+    copies: Any = config.layer_replication or ()
+    if sum(max(0, last - first) for first, last in copies) > MAX_COPIES:
+        _refuse(config, "layer_replication", copies, f"asks for more than {MAX_COPIES} layers")
+    tokens: Any = config.trainable_token_indices or ()
+    if sum(map(len, tokens.values() if isinstance(tokens, dict) else [tokens])) > MAX_COPIES:
+        _refuse(config, "trainable_token_indices", tokens, f"names more than {MAX_COPIES} tokens")
     mapping: dict[str, Any] | None = vars(config).get("auto_mapping")
     library = (mapping or {}).get("parent_library")
     if library is not None and library not in sys.modules:
         log_once(f"auto_mapping: {library!r} is not imported here, and a config imports nothing: it is ignored")
         config.auto_mapping = None
+
+
+def check_ranks_and_alphas(options: Mapping[str, Any], where: str) -> None:
+    """Raise `ValueError` for a rank or an alpha of LoRA, its own or by pattern, that is none.
+
+    Args: options: by name. where: their config, for messages.
+    """
+    if not _fits(options["r"], int) or options["r"] < 1:
+        raise ValueError(f"{where}: `r={str(options['r'])[:80]}` is not a positive integer of 64 bits.")
+    if not _fits(options["lora_alpha"], float):
+        raise ValueError(f"{where}: `lora_alpha={str(options['lora_alpha'])[:80]}` is not a number.")
+    for option, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+        found = options.get(option) or {}
+        if not isinstance(found, dict):
+            raise ValueError(f"{where}: `{option}={str(found)[:200]!r}` is not a dict of pattern to number.")
+        check_patterns(found, f"{where}: `{option}`")
+        for pattern, value in found.items():
+            if not _fits(value, kind) or (kind is int and value < 1):
+                raise ValueError(
+                    f"{where}: `{option}={str(found)[:200]!r}` has no number for {pattern!r} that could be one of its "
+                    "kind."
+                )
 
 
 def _patterns(config: LoraConfig, option: str, found: Any) -> None:
@@ -170,10 +193,10 @@ def _fits(value: Any, kind: Any) -> bool:
         return keys and (not inner or all(_fits(one, inner[1]) for one in value.values()))
     if origin in (list, tuple):
         return isinstance(value, (list, tuple, set)) and all(_fits(one, inner[0]) for one in value)
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float:  # a JSON number may be an integer that no float holds
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     if dataclasses.is_dataclass(kind):
         return isinstance(value, (dict, typing.cast(type, kind)))
     return isinstance(value, kind)

@@ -2,13 +2,15 @@
 
 Adapters come from strangers, and Python's matcher goes back over a name for every way in which a pattern could have
 matched. A pattern is therefore refused where that could take longer than a short while: repeats inside repeats,
-references to groups, or several repeats of anything in a row.
+references to groups, or several repeats of anything in a row. That bounds one match of one name; how many names there
+are is up to the files, so slow matches are counted besides.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -18,6 +20,9 @@ from .compat import regex_parser
 
 MAX_LENGTH = 2000
 MAX_COST = 1_000_000  # of all patterns of an option: one name is then matched in milliseconds in the worst case
+MAX_SECONDS = 20.0  # of computing, in matches that are slow: those of honest patterns take microseconds
+_SLOW = 0.002
+_spent = 0.0  # by slow matches so far
 _LEAST = 500  # of one pattern, so that there are at most 2,000
 _WIDE = 100  # places where a repeat of anything, such as `.*`, can end in a name
 _NARROW = 5  # and one of digits, which ends at the next dot
@@ -61,8 +66,23 @@ def _cost(pattern: Any, where: str) -> int:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern matches the end of a dotted name, as PEFT matches `rank_pattern`."""
-    return _compiled(pattern).match(name) is not None
+    """Whether a pattern matches the end of a dotted name, as PEFT matches `rank_pattern`.
+
+    Raises `ValueError` once slow matches, one after the other, have taken `MAX_SECONDS`.
+    """
+    global _spent
+    began = time.thread_time()
+    found = _compiled(pattern).match(name) is not None
+    took = time.thread_time() - began
+    if took > _SLOW:
+        _spent += took
+        if _spent > MAX_SECONDS:
+            _spent = 0.0
+            raise ValueError(
+                f"the pattern {pattern!r} of adapter_config.json takes {took:.3f} s to match a name such as "
+                f"{name[:80]!r}, and there are many. Write it as a simpler pattern."
+            )
+    return found
 
 
 def value_of(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import constants
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
-from peft_moe import MoELoraConfig, merge_checkpoint
+from peft_moe import MoELoraConfig, export_adapter, merge_checkpoint
 from peft_moe.checkpoint import json_input
+from peft_moe.cli.contents import describe_adapter
 from peft_moe.config_input import read_config
 from tests.zoo import ENTRIES
 
@@ -206,3 +211,103 @@ def test_adapters_in_the_cache_of_the_hub(adapter: Path, tmp_path: Path, monkeyp
         MoELoraConfig.from_pretrained("someone/adapter", **options)
     with pytest.raises(ValueError, match="Can't find"):
         MoELoraConfig.from_pretrained("someone/nothing", **options)
+
+
+@pytest.mark.parametrize(
+    "option, value", [("lora_alpha", 10**400), ("alpha_pattern", {"q_proj": 10**400}), ("expert_alpha", 10**400),
+                      ("r", 10**400), ("rank_pattern", {"q_proj": 2**63}), ("expert_r", 2**63)],
+    ids=["alpha", "alpha by pattern", "alpha of experts", "rank", "rank by pattern", "rank of experts"],
+)  # fmt: skip
+def test_integers_that_no_number_of_a_machine_holds(option: str, value: Any, adapter: Path) -> None:
+    change(adapter, **{option: value})
+    for read in (MoELoraConfig.from_pretrained, read_config):
+        with pytest.raises(ValueError, match=f"adapter_config.json: .*`{option}="):
+            read(str(adapter))
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_ranks_of_stock_adapters(value: int, tmp_path: Path) -> None:
+    """A LORA adapter does not pass through this package's own config."""
+    base = ENTRIES["qwen3_moe"].build()
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    change(tmp_path / "adapter", r=value)
+    for read in (read_config, describe_adapter):
+        with pytest.raises(ValueError, match=f"`r={value}` is not a positive integer"):
+            read(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("layer_replication", [[0, 2]] * 10_000), ("layer_replication", [[0, -9], [0, 10**9]]),
+     ("trainable_token_indices", [0] * 20_000), ("trainable_token_indices", {"embed_tokens": [0] * 20_000})],
+)  # fmt: skip
+def test_copies_without_number(option: str, value: Any, adapter: Path) -> None:
+    change(adapter, target_experts=[], **{option: value})
+    with pytest.raises(ValueError, match=f"`{option}=.* more than 10000"):
+        PeftModel.from_pretrained(ENTRIES["qwen3_moe"].build(), adapter)
+
+
+@pytest.mark.parametrize("targets", [[], "all"])
+def test_tokens_without_values(targets: Any, tmp_path: Path) -> None:
+    model = get_peft_model(
+        ENTRIES["qwen3_moe"].build(), MoELoraConfig(target_modules=["q_proj"], target_experts=targets)
+    )
+    model.save_pretrained(tmp_path)
+    change(tmp_path, trainable_token_indices=[1, 2])
+    with pytest.raises(ValueError, match="`trainable_token_indices`.*missing"):
+        PeftModel.from_pretrained(ENTRIES["qwen3_moe"].build(), tmp_path)
+    change(tmp_path, trainable_token_indices=[])
+    PeftModel.from_pretrained(ENTRIES["qwen3_moe"].build(), tmp_path)
+
+
+def test_texts_that_are_none(adapter: Path) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(path.read_text().replace('"base_model_name_or_path": null', '"base_model_name_or_path": "\\ud800"'))
+    with pytest.raises(ValueError, match="adapter_config.json cannot be read: a text in it is none"):
+        read_config(adapter)
+    path.write_text(path.read_text().replace("\\ud800", "\\ud83d\\ude00"))  # both halves
+    assert read_config(adapter).base_model_name_or_path == "\U0001f600"
+
+
+def test_names_of_tensors_have_a_length(adapter: Path, tmp_path: Path) -> None:
+    """Patterns that are harmless on names of models are not on longer ones."""
+    path = adapter / "adapter_model.safetensors"
+    save_file({key.replace("layers.0", "layers.0" + ".a" * 150): one for key, one in load_file(path).items()}, path)
+    change(adapter, rank_pattern={".*.*.*x": 3}, expert_rank_pattern={".*.*.*x": 3})
+    start = time.perf_counter()
+    for read in (MoELoraConfig.from_pretrained, describe_adapter, lambda folder: export_adapter(folder, "x", "vllm")):
+        with pytest.raises(ValueError, match=r"has a name of \d+ characters, expected at most 250"):
+            read(adapter)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+def test_pipes_are_no_files(adapter: Path, tmp_path: Path) -> None:
+    base = ENTRIES["qwen3_moe"].build()
+    base.save_pretrained(tmp_path / "base")
+    os.mkfifo(tmp_path / "base" / "more.safetensors")
+    merge_checkpoint(tmp_path / "base", adapter, tmp_path / "out", progress=False)  # the other file holds all of it
+    (adapter / "adapter_model.safetensors").unlink()
+    os.mkfifo(adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="adapter_model.safetensors is no file"):
+        PeftModel.from_pretrained(base, adapter)
+    with pytest.raises(ValueError, match="adapter_model.safetensors is missing"):
+        merge_checkpoint(tmp_path / "base", adapter, tmp_path / "other", progress=False)
+
+
+def test_cards_hold_no_code_of_a_stranger(adapter: Path, tmp_path: Path) -> None:
+    """What is to be copied from a card stays one line, and the name of the base a string in it."""
+    name = 'x")\nimport os; os.system("echo this was run")\n("`'
+    change(adapter, base_model_name_or_path=name)
+    ENTRIES["qwen3_moe"].build().save_pretrained(tmp_path / "base")
+    stacked = transformers.__version__.startswith("5")
+    export_adapter(
+        adapter, tmp_path / "out", "peft" if stacked else "peft-per-expert", base=tmp_path / "base", progress=False
+    )
+    MoELoraConfig.from_pretrained(str(adapter)).save_pretrained(str(tmp_path / "config"))
+    for card in (tmp_path / "out" / "README.md", tmp_path / "config" / "README.md"):
+        code = card.read_text().split("```python\n")[1].split("```")[0]
+        calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+        assert {ast.unparse(call.func) for call in calls} == {
+            "AutoModelForCausalLM.from_pretrained", "PeftModel.from_pretrained"
+        }  # fmt: skip

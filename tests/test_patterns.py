@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from peft_moe import MoELoraConfig
+from peft_moe import MoELoraConfig, patterns
 from peft_moe.patterns import check_patterns, matches, value_of
 
 NAME = "base_model.model.model.layers.47.mlp.experts.127"
@@ -111,3 +111,19 @@ def test_many_patterns_on_many_names_are_quick() -> None:
     for expert in range(20):
         assert value_of(patterns, f"model.layers.3.mlp.experts.{expert}", -1) == (3 if expert == 7 else -1)
     assert time.perf_counter() - start < 2
+
+
+def test_slow_matches_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One match of what is accepted is bounded; so are many, and an honest pattern is no part of them."""
+    slow, long = r".*.*.*x", "model.layers.0" + ".abc" * 20
+    check_patterns([slow], "option")
+    monkeypatch.setattr(patterns, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(patterns, "_SLOW", 1e-5)
+    monkeypatch.setattr(patterns, "_spent", 0.0)
+    with pytest.raises(ValueError, match=r"the pattern .* of adapter_config.json takes .* and there are many"):
+        for number in range(100_000):
+            matches(slow, f"{long}.{number}")
+    assert patterns._spent == 0  # who reads another adapter afterwards begins anew
+    monkeypatch.setattr(patterns, "_SLOW", 0.002)
+    for number in range(20_000):
+        assert matches(r".*\.layers\.\d+\.mlp\.experts\.\d+", f"{NAME}{number}")

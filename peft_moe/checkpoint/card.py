@@ -56,7 +56,6 @@ def _head(config: Any) -> list[str]:
 
 
 def _section(config: Any) -> str:
-    base = config.base_model_name_or_path or "<base model>"
     lines = [
         HEADING,
         "",
@@ -68,7 +67,7 @@ def _section(config: Any) -> str:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+        load_base(config),
         'model = PeftModel.from_pretrained(base, "<this folder>")',
         "```",
         "",
@@ -79,10 +78,20 @@ def _section(config: Any) -> str:
     return "\n".join(lines)
 
 
+def load_base(config: Any) -> str:
+    """The line of Python that loads the base."""
+    return f"base = AutoModelForCausalLM.from_pretrained({json.dumps(_base_name(config), ensure_ascii=False)})"
+
+
+def _base_name(config: Any) -> str:
+    """The base as an adapter names it, which may come from a stranger: it stands in Markdown and in code to copy."""
+    name = config.base_model_name_or_path or "<base model>"
+    return "".join(one if one.isprintable() and one != "`" else "_" for one in name)
+
+
 def _facts(config: Any) -> list[str]:
-    base = config.base_model_name_or_path or "<base model>"
     return [
-        f"- base model: `{base}`",
+        f"- base model: `{_base_name(config)}`",
         f"- rank and alpha of the experts: {config.expert_r or config.r}, {_alpha(config)}"
         + (", with exceptions by pattern" if config.expert_rank_pattern or config.expert_alpha_pattern else ""),
         f"- rank and alpha of the linears: {config.r}, {config.lora_alpha}",

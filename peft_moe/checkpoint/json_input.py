@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import Any
 
 MAX_DEPTH = 50
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 MAX_BYTES = 64 * 2**20  # of a config or an index; the largest index of a known model has about 10 MiB
 
 
@@ -39,6 +41,11 @@ def parse_object(raw: bytes, constants: bool = False) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"it is not an object in braces but a {type(found).__name__}")
     _check_depth(found)
+    if _SURROGATE.search(raw):  # half of one is no text, and would fail where it is written
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a text in it is none ({error.reason})") from error
     return found
 
 

@@ -70,7 +70,7 @@ def checkpoint_files(path: str) -> list[str]:
             if missing:
                 raise ValueError(f"{path}: {index} names {', '.join(missing)}, which are not there")
             return [str(file) for file in files]
-        found = sorted(str(file) for file in given.glob("*.safetensors"))
+        found = sorted(str(file) for file in given.glob("*.safetensors") if file.is_file())  # a pipe would never end
     else:
         found = _cached(path, index, single)
     if not found:

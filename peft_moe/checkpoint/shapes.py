@@ -9,7 +9,7 @@ from ..settings import adapted_experts, resolve
 from . import native
 from .merge.binding import AdapterFiles
 
-_MOST = 4096  # experts of a module
+MOST_EXPERTS = 4096  # experts of a module
 
 
 def modules_of(files: AdapterFiles) -> dict[str, dict[tuple[str, str], str]]:
@@ -40,7 +40,7 @@ def spec_of(files: AdapterFiles, name: str, keys: dict[tuple[str, str], str]) ->
                 f"{files.tensors.path}: {keys[slot, factor]}: found factors of shapes {a} and {b}, expected (experts, "
                 "r, in) and (experts, out, r), or (ranks, in) and (ranks, out)"
             )
-        if len(a) == 3 and max(a[0], b[0]) > _MOST:
+        if len(a) == 3 and max(a[0], b[0]) > MOST_EXPERTS:
             raise ValueError(f"{files.tensors.path}: {keys[slot, factor]}: found {max(a[0], b[0])} experts")
     slots = {slot: (shapes[slot, "lora_B"][1], shapes[slot, "lora_A"][-1]) for slot in names}
     projections = []
@@ -53,7 +53,7 @@ def spec_of(files: AdapterFiles, name: str, keys: dict[tuple[str, str], str]) ->
     projections.sort(key=lambda one: one.target == "down_proj")
     first = next(iter(slots), "gate_proj")
     a, b = shapes[first, "lora_A"], shapes[first, "lora_B"]
-    chosen = adapted_experts(files.config, ExpertsSpec(_MOST, (), None), name)
+    chosen = adapted_experts(files.config, ExpertsSpec(MOST_EXPERTS, (), None), name)
     if chosen == ():
         raise ValueError(f"{files.tensors.path}: {name}: found tensors, and `expert_indices` of its config names none")
     if chosen is not None:
@@ -61,7 +61,7 @@ def spec_of(files: AdapterFiles, name: str, keys: dict[tuple[str, str], str]) ->
     elif len(a) == 3:
         count = max(a[0], b[0])
     else:
-        ranks = resolve(files.config, ExpertsSpec(_MOST, tuple(projections), None), name).ranks
+        ranks = resolve(files.config, ExpertsSpec(MOST_EXPERTS, tuple(projections), None), name).ranks
         totals = list(accumulate(ranks))
         if a[0] not in totals:
             raise ValueError(

@@ -87,7 +87,7 @@ REFUSED: dict[str, tuple[Any, int, str]] = {
     "control character": ({"a\x00b": tensor([2], 0, 8)}, 8, "a tensor has the name"),
     "code of a terminal": ({"\x1b[2Ja": tensor([2], 0, 8)}, 8, "a tensor has the name"),
     "new line": ({"a\nb": tensor([2], 0, 8)}, 8, "a tensor has the name"),
-    "half a surrogate": (b'{"\\ud800": 1}', 0, "a tensor has the name"),
+    "half a surrogate": (b'{"\\ud800": 1}', 0, "a text in it is none"),
     "metadata of numbers": (GOOD | {"__metadata__": {"a": 1}}, 16, "its metadata is not text"),
     "metadata that is a list": (GOOD | {"__metadata__": ["a"]}, 16, "its metadata is not text"),
 }  # fmt: skip

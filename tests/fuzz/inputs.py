@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from tests.fuzz import mutate
-from tests.fuzz.seeds import ADAPTERS, CONFIG, INDEX, STOCK, TENSORS
+from tests.fuzz.seeds import ADAPTERS, CONFIG, INDEX, NOTED, SERVED, STOCK, TENSORS
 
 #: kind -> how often, and which readers see such inputs besides those of all
 KINDS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -20,6 +20,7 @@ KINDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "config structure": (30, ("config", "bind", "inspect")),
     "files of two adapters": (3, ("header", "config", "bind", "inspect", "load", "merge")),
     "header and config": (5, ("config", "bind", "inspect")),
+    "note of an export": (6, ("header", "inspect", "convert")),
     "shards": (8, ("header", "tensors", "merge")),
     "index": (5, ("merge",)),
     "config of the base": (3, ("merge",)),
@@ -32,7 +33,7 @@ class Inputs:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.seed = folder, seed
-        self.names = [*ADAPTERS, *STOCK]
+        self.names = [*ADAPTERS, *STOCK, *SERVED]
         self.files = {
             path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
         }
@@ -43,7 +44,7 @@ class Inputs:
         rng = random.Random(f"{self.seed}:{number}")
         kind = rng.choices([*KINDS], [weight for weight, _ in KINDS.values()])[0]
         readers = list(KINDS[kind][1])
-        name, other = rng.choice(self.names), rng.choice(self.names)
+        name, other = rng.choice(NOTED if kind == "note of an export" else self.names), rng.choice(self.names)
         config, tensors = self.seed_of(name, CONFIG), self.seed_of(name, TENSORS)
         start = 8 + int.from_bytes(tensors[:8], "little")
         base: dict[str, bytes] = {}
@@ -66,10 +67,14 @@ class Inputs:
             config = self.seed_of(other, CONFIG)
         elif kind == "header and config":
             tensors, config = mutate.header(rng, tensors), mutate.json_text(rng, json.loads(config))
+        elif kind == "note of an export":
+            tensors = mutate.note(rng, tensors)
         else:
             base = self._base(rng, kind)
         if number % EVERY == 0 or kind == "tensor bytes":
             readers += [one for one in ("load", "merge", "convert") if one not in readers]
+        if name in SERVED:
+            readers = [one for one in readers if one != "convert"] + ([] if base else ["served"])
         self.write({CONFIG: config, TENSORS: tensors}, base)
         return kind, readers
 

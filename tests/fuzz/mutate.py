@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from typing import Any
 
 _DEEP = "[" * 100_000
@@ -95,6 +96,23 @@ def header(rng: random.Random, data: bytes) -> bytes:
     return said.to_bytes(8, "little") + text + data[8 + length :]
 
 
+def note(rng: random.Random, data: bytes) -> bytes:
+    """A safetensors file whose header notes something else of the adapter that it was made of."""
+    length = int.from_bytes(data[:8], "little")
+    content = json.loads(data[8 : 8 + length])
+    metadata = content["__metadata__"]
+    said = json.loads(metadata["peft_moe_native"])
+    kind = rng.random()
+    if kind < 0.2:  # how many experts a module has
+        said["modules"][rng.choice([*said["modules"]])] = [rng.choice((*TEXTS, None)), rng.choice(NUMBERS)]
+    elif kind < 0.4:
+        said["config"][rng.choice(OPTIONS)] = _value(rng)
+    metadata["peft_moe_native"] = json.dumps(said) if kind < 0.4 else json_text(rng, said).decode()
+    text = json.dumps(content).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
 def _change_header(rng: random.Random, content: dict[str, Any], names: list[str]) -> None:
     name, other = rng.choice(names), rng.choice(names)
     one, two = content.get(name), content.get(other)
@@ -118,7 +136,10 @@ def _change_header(rng: random.Random, content: dict[str, Any], names: list[str]
     elif kind == 7:  # each other's names
         content[name], content[other] = two, one
     elif kind == 8:
-        content[rng.choice((rng.choice(TEXTS), name + ".x", name.replace("lora_A", "lora_B"), name[:-1]))] = one
+        expert = rng.choice((0, 1, 3, 4095, 4096, 10**9 - 1, 10**9, 10**20))
+        number = re.sub(r"(.*)\.\d+\.", rf"\1.{expert}.", name)  # the last one in it
+        others = (rng.choice(TEXTS), name + ".x", name.replace("lora_A", "lora_B"), name[:-1], number, number)
+        content[rng.choice(others)] = one
         content.pop(name, None)
     else:
         content["__metadata__"] = rng.choice(({"format": "pt"}, {"a": 1}, [], {"x": "y" * 1000}, None, {}))

@@ -140,7 +140,7 @@ def merge(setting: Setting) -> None:
 
 
 def convert(setting: Setting) -> None:
-    """`import_adapter` and `export_adapter`: to the other layout and back, bit for bit."""
+    """`import_adapter` and `export_adapter`: to the other layout and back, bit for bit but for kinds of NaN."""
     there, back = setting.folder / "there", setting.folder / "back"
     for path in (there, back):
         shutil.rmtree(path, ignore_errors=True)
@@ -159,7 +159,26 @@ def convert(setting: Setting) -> None:
     if found.keys() != wanted.keys():
         raise Wrong(f"keys {sorted(found.keys() ^ wanted.keys())[:3]}")
     for key, value in wanted.items():
-        _same(found[key], value, key)
+        _same(_quiet(found[key]), _quiet(value), key)
+
+
+def served(setting: Setting) -> None:
+    """`import_adapter` of what servers load: merged, it is what the file says."""
+    there = setting.folder / "there"
+    shutil.rmtree(there, ignore_errors=True)
+    if _kind(setting) == "MOELORA":
+        raise ValueError(f"{CONFIG}: this package's own")  # tensors of one adapter, config of another
+    base = setting.folder / "base"
+    import_adapter(setting.adapter, there, base=base, progress=False)
+    before = {key: one for path in base.glob("*.safetensors") for key, one in tensors_of(path).items()}
+    found, wanted = merged(before, there), merged(before, setting.adapter)
+    if found.keys() != wanted.keys():
+        raise Wrong(f"keys {sorted(found.keys() ^ wanted.keys())[:3]}")
+    for key, value in wanted.items():
+        if _comparable(value, before[key]):
+            error = (found[key] - value).abs()
+            if bool((error > _SIMILAR * value.abs().max().clamp(min=1)).any()):
+                raise Wrong(f"{key} differs by {float(error.max())}")
 
 
 READERS: dict[str, Callable[[Setting], None]] = {
@@ -171,6 +190,7 @@ READERS: dict[str, Callable[[Setting], None]] = {
     "load": load,
     "merge": merge,
     "convert": convert,
+    "served": served,
 }
 
 
@@ -220,6 +240,11 @@ def _same(found: Tensor, wanted: Tensor, key: str) -> None:
     one, other = (x.contiguous().view(-1).view(torch.uint8) for x in (found, wanted))
     if not torch.equal(one, other):
         raise Wrong(f"{key}: other values")
+
+
+def _quiet(value: Tensor) -> Tensor:
+    """With one NaN for all: multiplying with a scaling, and dividing by it, makes quiet ones of signalling ones."""
+    return value.where(~value.isnan(), torch.nan) if value.is_floating_point() else value
 
 
 def _comparable(value: Tensor, before: Tensor) -> bool:

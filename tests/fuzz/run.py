@@ -1,6 +1,6 @@
 """Fuzz all readers of adapters and checkpoints, and record what came of it.
 
-    python -m tests.fuzz.run --inputs 100000 --record docs/fuzzing.md
+    python -m tests.fuzz.run --inputs 100000 --record docs/safety.md
 
 Inputs are numbered: the same seed and number make the same files. Each process reads some thousand of them with a limit
 on its memory and on the time of each; one that crashes or stops is ended, counted, and the run goes on after it.

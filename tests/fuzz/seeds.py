@@ -21,6 +21,8 @@ INDEX = "model.safetensors.index.json"
 _ATTENTION = ["q_proj", "o_proj"]
 
 STOCK = ("stock", "stock experts")  # of PEFT's own type
+SERVED = {"vllm": "plain", "sglang": "some", "vllm ragged": "ragged"}  # -> of which it is an export
+NOTED = ("stock experts", *SERVED)  # with a note of what they were
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": _ATTENTION},
     "ragged": {"target_modules": [], "use_rslora": True, "expert_rank_pattern": {r"experts\.1": 3, r".*\.2": 1}},
@@ -68,6 +70,10 @@ def write_seeds(folder: Path) -> Any:
     export_adapter(
         folder / "plain", folder / "stock experts", format=stock_format(model), base=folder / "base", progress=False
     )
+    for name, source in SERVED.items():
+        export_adapter(
+            folder / source, folder / name, format=name.split()[0], base=folder / "base", progress=False
+        )  # fmt: skip
     return model
 
 

@@ -18,6 +18,7 @@ from .native import NativeAdapter
 from .plan import Converted
 from .registry import detect, find_format
 
+_FACTOR = 64  # by which an import may make an adapter larger
 __all__ = ["export_adapter", "import_adapter"]
 
 
@@ -39,7 +40,7 @@ def export_adapter(
         format: for whom, see docs/formats.md.
         base: the base model, where the format depends on its architecture: a folder with its `config.json`, or a name
             in the hub's local cache; weights are not needed. `None`: the one that the adapter's config names.
-        trust_remote_code: run the model's own code that lies beside the config of the base, to know its modules.
+        trust_remote_code: run the model's own code that lies beside the config of `base`, to know its modules.
         progress: show a bar.
         options: of the format.
 
@@ -87,9 +88,21 @@ def import_adapter(
     if assume_layout is not None:
         options = {"assume_layout": assume_layout} | options
     converted = _call(chosen.read, adapter, chosen.name, options)
+    _check_size(converted, adapter)
     card = imported_card(native_config(converted.config), chosen.name, converted)
     write_folder(target, converted, card, progress)
     return target
+
+
+def _check_size(converted: Converted, adapter: ForeignAdapter) -> None:
+    """Raise `ValueError` where a small file would become a huge one, filled up with zeros."""
+    size = sum(one.nbytes for one in converted.tensors)
+    held = sum(one.nbytes for one in adapter.tensors.entries.values())
+    if size > 2**30 + _FACTOR * held:
+        raise ValueError(
+            f"{adapter.folder}: its {held / 1e6:.1f} MB would become {size / 1e6:.1f} MB, most of it zeros: ranks or "
+            "experts of its config are out of all proportion to its tensors. Nothing was written."
+        )
 
 
 def _call(convert: Callable[..., Converted], adapter: Any, name: str, options: dict[str, Any]) -> Converted:

@@ -63,10 +63,15 @@ def find_base(name: str | None, trust_remote_code: bool) -> Base | None:
 def base_of(given: str | Path | None, stated: str | None, trust_remote_code: bool) -> Base | None:
     """The base that was given, else the one that the adapter states, if that is here.
 
-    Raises `ValueError` if one was given and is not there.
+    Raises `ValueError` if one was given and is not there, and for `trust_remote_code` where none was given.
     """
     if given is None:
-        return find_base(stated, trust_remote_code)
+        if trust_remote_code:
+            raise ValueError(
+                "`trust_remote_code=True` runs code of a base, and no adapter chooses which: name the base with "
+                f"`base=` (`--base`). The config of this adapter states {stated!r}."
+            )
+        return find_base(stated, False)
     found = find_base(str(given), trust_remote_code)
     if found is None:
         raise ValueError(f"base={str(given)!r}: no config.json in a folder of this name, nor in the hub's cache")

@@ -11,6 +11,7 @@ from peft import LoraConfig
 
 from ...config import MoELoraConfig
 from ...config_input import check_types
+from ..files import check_adapter_tensors
 from ..json_input import read_object
 from ..merge.source import adapter_folder
 from ..tensor_file import TensorFile
@@ -36,6 +37,7 @@ class ForeignAdapter:
         self.config = read_object(path)
         check_types(LoraConfig, self.config, path)
         self.tensors = TensorFile(self.folder / "adapter_model.safetensors")
+        check_adapter_tensors(self.tensors.path, self.tensors.entries)
         self.base: Base | None = None
 
     @property
@@ -69,6 +71,8 @@ def native_config(foreign: Mapping[str, Any], **fields: Any) -> MoELoraConfig:
     taken = {key: value for key, value in foreign.items() if key in known - _NOT_TAKEN}
     try:
         return MoELoraConfig(**({"peft_type": "MOELORA"} | taken | fields))  # a name: it is looked at as JSON
+    except ValueError as error:
+        raise ValueError(f"adapter_config.json: {error}") from error
     except (TypeError, AttributeError) as error:  # a value of a kind that PEFT's own checks do not expect
         raise ValueError(f"adapter_config.json: an option has a value of the wrong kind: {error}") from error
 

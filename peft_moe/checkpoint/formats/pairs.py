@@ -90,23 +90,30 @@ def to_native(adapter: ForeignAdapter, found: Found, noted: Found | None = None)
     """
     converted = record.restore(adapter, noted or found)
     if converted is None:
-        found.some_modules = adapter.base is not None and _some(adapter.base, found)
+        found.some_modules = adapter.base is not None and _some(adapter.base, found, adapter.name)
         converted = _general(adapter, found)
+    check_fits(adapter, converted)
+    return converted
+
+
+def check_fits(adapter: ForeignAdapter, converted: Converted) -> None:
+    """Raise `ValueError` if a native adapter does not fit the base, where that is here."""
     if adapter.base is not None:
         config = native_config(converted.config)
         shapes = {one.key: tuple(one.shape) for one in converted.tensors}
         adapter.base.first(lambda model: bind(config, shapes, model, adapter.name))
-    return converted
 
 
-def _some(base: Base, found: Found) -> bool:
+def _some(base: Base, found: Found, adapter: str) -> bool:
     """Whether the base has more experts modules than the adapter."""
     mine = {native.canonical(f".{name}.") for name in found.modules()}
 
     def more(model: Any) -> bool:
         theirs = {native.canonical(f".{name}.") for name in find_experts(model)}
         if not mine <= theirs:
-            raise ValueError(f"its experts are at {sorted(theirs)[:3]}, found {sorted(mine - theirs)[:3]}")
+            raise ValueError(
+                f"adapter {adapter!r}: its base has experts at {sorted(theirs)[:3]}, found {sorted(mine - theirs)[:3]}"
+            )
         return mine < theirs
 
     return base.first(more)[1]

@@ -17,9 +17,10 @@ from torch import Tensor
 from ...adapter import pack
 from ...config import MoELoraConfig
 from ...layouts import ExpertsSpec, ProjectionSpec
-from ...settings import nominal_scaling, resolve
+from ...settings import decomposes, nominal_scaling, resolve
 from .. import native
 from ..header import DTYPES
+from ..shapes import MOST_EXPERTS
 from .foreign import ForeignAdapter, config_dict, native_config
 from .fuse import full_factor, fused, relative_scaling, same_bits, target_of
 from .native import ExpertsAdapter, NativeAdapter
@@ -67,8 +68,18 @@ def read(adapter: ForeignAdapter) -> Record | None:
             return None
         tensors = {str(key): (DTYPES[code], tuple(shape)) for key, (code, shape) in content["tensors"].items()}
         gates = {str(name): gate for name, (gate, _) in content["modules"].items()}
-        experts = {str(name): int(count) for name, (_, count) in content["modules"].items()}
-        return Record(native_config(content["config"]), tensors, gates, experts)
+        experts = {str(name): count for name, (_, count) in content["modules"].items()}
+        if not (
+            all(type(count) is int and 0 < count <= MOST_EXPERTS for count in experts.values())
+            and all(type(size) is int and 0 < size < 2**31 for _, shape in tensors.values() for size in shape)
+            and all(gate in (None, "concatenated", "interleaved") for gate in gates.values())
+            and native.expert_keys(tensors) == tensors.keys()
+        ):
+            return None
+        config = native_config(content["config"])
+        if config.use_dora or decomposes(config.init_lora_weights):  # such an adapter is not exported
+            return None
+        return Record(config, tensors, gates, experts)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
@@ -93,7 +104,7 @@ def restore(adapter: ForeignAdapter, found: Found) -> Converted | None:
             restored = _Restored(noted, name, mine, pairs[native.canonical(f".{name}.")], found)
             if not restored.agrees():
                 return None
-        except (ValueError, KeyError, IndexError, RuntimeError):  # of a note that somebody wrote by hand
+        except (ValueError, LookupError, RuntimeError, ArithmeticError):  # of a note that somebody wrote by hand
             return None
         for key in mine.values():
             dtype, shape = noted.tensors[key]
@@ -122,6 +133,9 @@ class _Restored:
         )  # fmt: skip
         spec = ExpertsSpec(noted.experts[name], projections, None)
         settings = resolve(noted.config, spec, name)
+        for pair in pairs.values():  # before anything is made that the file does not have
+            if settings.rank > pair.rank or (self.folded and spec.num_experts > len(pair.ranks)):
+                raise ValueError("its experts and ranks are more than those in the file")
         self.adapter = ExpertsAdapter(name, spec, settings, keys, self, nominal_scaling(noted.config))
         if self.indices not in (None, tuple(self.adapter.experts)):
             raise ValueError("its experts are not those of its config")

@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .. import native as keys
+from ..shapes import MOST_EXPERTS
 from .foreign import ForeignAdapter
 from .served_stacks import Stacks
 from .stock_layout import from_stock
 
-_SINGLE = re.compile(r"(?P<path>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>\w+)\.(?P<factor>lora_[AB])\.weight")
+_SINGLE = re.compile(r"(?P<path>.+\.experts)\.(?P<expert>\d{1,9})\.(?P<leaf>\w+)\.(?P<factor>lora_[AB])\.weight")
 _MATRIX = re.compile(r"(?P<path>.+\.experts)(?P<first>\.base_layer)?\.(?P<factor>lora_[AB])\.weight")
 _STACKED = re.compile(r"(?P<path>.+\.experts)\.(?P<leaf>\w+)\.(?P<factor>lora_[AB])\.weight")
 _LEAVES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_PADDED = 2**30  # bytes of zeros that may be made for experts that are not there, and as often those that are
+_FACTOR = 64
 _KNOWN = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
 _OTHER = {"lora_A": "lora_B", "lora_B": "lora_A"}
 
@@ -42,7 +45,7 @@ class ServedFile:
     """
 
     def __init__(self, adapter: ForeignAdapter) -> None:
-        self.adapter = adapter
+        self.adapter, self.where = adapter, f"adapter {adapter.name!r}"
         self.rank, self.scale = _rank_and_scale(adapter)
         self._modules: dict[str, _Module] = {}
         self.others: list[str] = []
@@ -52,15 +55,21 @@ class ServedFile:
             found = set(module.stacks) | set(module.single)
             for leaf, factor in found:
                 if (leaf, _OTHER[factor]) not in found:
-                    raise ValueError(
-                        f"adapter {adapter.name!r}: {path}.{leaf}: found {factor} and no {_OTHER[factor]} beside it, "
-                        "expected both; the file is not complete: save it again, or get it again"
-                    )
+                    raise ValueError(self._half(f"{path}.{leaf}", factor))
+                own, other = (module.single.get((leaf, one), {}).keys() for one in (factor, _OTHER[factor]))
+                if own - other:
+                    raise ValueError(self._half(f"{path}.{min(own - other)}.{leaf}", factor))
         forms = {module.matrices for module in self._modules.values()}
         if len(forms) > 1:
             raise ValueError(f"{adapter.folder}: some of its experts are matrices of all, some are not")
         self.joined = True in forms
         self._last: tuple[str, Stacks] | None = None
+
+    def _half(self, where: str, factor: str) -> str:
+        return (
+            f"{self.where}: {where}: found {factor} and no {_OTHER[factor]} beside it, expected both; the file is not "
+            "complete: save it again, or get it again"
+        )
 
     @property
     def paths(self) -> list[str]:
@@ -86,7 +95,9 @@ class ServedFile:
         else:
             leaf, module.matrices = "gate_up_proj" if found["first"] else "down_proj", True
         if leaf not in _KNOWN:
-            raise ValueError(f"{key}: {leaf!r} is no projection of experts; expected {', '.join(_KNOWN)}, w1, w2 or w3")
+            raise ValueError(
+                f"{self.where}: {key}: {leaf!r} is no projection of experts; expected {', '.join(_KNOWN)}, w1, w2 or w3"
+            )
         if "expert" in found:
             module.single.setdefault((leaf, found["factor"]), {})[int(found["expert"])] = key
         else:
@@ -97,14 +108,21 @@ class ServedFile:
         for (leaf, factor), key in module.stacks.items():
             value = self.adapter.tensors.read(key)
             if module.matrices:
-                self._check(key, value, 2, (value.shape[0 if factor == "lora_A" else 1] % self.rank == 0))
+                self._check(key, value, 2, value.shape[0 if factor == "lora_A" else -1] % self.rank == 0)
                 value = from_stock(value, factor, self.rank, swapped=False)
             self._check(key, value, 3, True)
             found[leaf, factor] = value
         count = 1 + max((max(one) for one in module.single.values()), default=-1)
+        entries = self.adapter.tensors.entries
+        there = sum(entries[key].nbytes for one in module.single.values() for key in one.values())
+        made = sum(count * entries[next(iter(one.values()))].nbytes for one in module.single.values())
+        if count > MOST_EXPERTS or made > _FACTOR * there + _PADDED:
+            raise ValueError(
+                f"{self.where}: {path}: its last expert is {count - 1}, and most of those before it are missing"
+            )
         for where, one in module.single.items():
             if where in found:
-                raise ValueError(f"{path}.{where[0]}: the file has a stack of experts and single ones")
+                raise ValueError(f"{self.where}: {path}.{where[0]}: the file has a stack of experts and single ones")
             first = self.adapter.tensors.read(next(iter(one.values())))
             found[where] = first.new_zeros(count, *first.shape)
             for expert, key in one.items():
@@ -112,21 +130,26 @@ class ServedFile:
                 self._check(key, value, 2, value.shape == first.shape)
                 found[where][expert] = value
         if not module.matrices and ("gate_up_proj", "lora_A") in found:
-            _take_apart(found, self.rank, path)
+            _take_apart(found, self.rank, f"{self.where}: {path}")
         for (leaf, factor), value in found.items():
             if value.shape[1 if factor == "lora_A" else 2] != self.rank:
-                raise ValueError(f"{path}.{leaf}.{factor}: found {tuple(value.shape)}, expected the rank {self.rank}")
+                raise ValueError(
+                    f"{self.where}: {path}.{leaf}.{factor}: found {tuple(value.shape)}, expected the rank {self.rank}"
+                )
         experts = max(value.shape[0] for value in found.values())
         for where, value in found.items():
             if value.shape[0] not in (1, experts):
-                raise ValueError(f"{path}.{where[0]}.{where[1]}: found {value.shape[0]} experts, others have {experts}")
+                raise ValueError(
+                    f"{self.where}: {path}.{where[0]}.{where[1]}: found {value.shape[0]} experts, others have {experts}"
+                )
             found[where] = value.expand(experts, -1, -1)
         return found
 
     def _check(self, key: str, value: Tensor, dimensions: int, fits: bool) -> None:
         if value.dim() != dimensions or not fits or not value.is_floating_point():
             raise ValueError(
-                f"{key}: found {value.dtype} {tuple(value.shape)}, which fits no factor of rank {self.rank}"
+                f"{self.where}: {key}: found {value.dtype} {tuple(value.shape)}, which fits no factor of rank "
+                f"{self.rank}"
             )
 
 

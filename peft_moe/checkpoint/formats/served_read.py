@@ -17,7 +17,7 @@ from . import record
 from .foreign import ForeignAdapter
 from .fuse import target_of
 from .native import NativeAdapter
-from .pairs import Found, Pair, to_native
+from .pairs import Found, Pair, check_fits, to_native
 from .plan import Converted
 from .served_file import ServedFile
 from .served_restore import restored
@@ -46,7 +46,10 @@ def read_served(adapter: ForeignAdapter, kind: str) -> Converted:
     file = ServedFile(adapter)
     known = record.read(adapter) if marked_as(adapter, kind) else None
     found = None if known is None else restored(file, known)
-    return found or to_native(adapter, _as_it_lies(file))
+    if found is None:
+        return to_native(adapter, _as_it_lies(file))
+    check_fits(adapter, found)
+    return found
 
 
 def _as_it_lies(file: ServedFile) -> Found:
@@ -73,14 +76,16 @@ def _as_it_lies(file: ServedFile) -> Found:
     indices = {path: chosen for path, chosen in experts.items() if len(chosen) < len(used[path])}
     fields: dict[str, Any] = {"split_gate_up": not file.joined and "gate_up_proj" in targets}
     if len(experts) < len(used):
-        fields["expert_indices"] = {_layer(path): list(chosen) for path, chosen in experts.items()}
+        fields["expert_indices"] = {_layer(file, path): list(chosen) for path, chosen in experts.items()}
     return Found(pairs, file.others, [], indices, fields=fields)
 
 
-def _layer(path: str) -> int:
+def _layer(file: ServedFile, path: str) -> int:
     number = layer_number(path)
     if number is None:
-        raise ValueError(f"{path}: some experts modules are all zeros, and this one has no number to tell them apart")
+        raise ValueError(
+            f"{file.where}: {path}: some experts modules are all zeros, and this one has no number to tell them apart"
+        )
     return number
 
 

@@ -44,6 +44,8 @@ class _Held:
 
 def restored(file: ServedFile, known: Record) -> Converted | None:
     """The native adapter that a file was made of; `None` if it has been changed since."""
+    if not file.scale:  # no export has it, and nothing could be folded out of zeros
+        return None
     found = _Restored(file, known)
     try:
         tensors = [*found.experts(), *found.linears()]
@@ -88,7 +90,13 @@ class _Restored:
             try:
                 one, ratio = self._made(name, mine, stacks)
                 again = (joined if self.file.joined else apart)(one, self.file.rank, ratio)
-            except (ValueError, KeyError, RuntimeError, IndexError, StopIteration) as error:  # a note that fits nothing
+            except (
+                ValueError,
+                LookupError,
+                RuntimeError,
+                ArithmeticError,
+                StopIteration,
+            ) as error:  # a note that fits nothing
                 raise _Disagrees from error
             for where, value in stacks.items():
                 folded = ratio is not None and where[1] == "lora_B"
@@ -104,6 +112,9 @@ class _Restored:
         spec = self._spec(name, shapes)
         settings = resolve(self.known.config, spec, name)
         expected = keys.expected_shapes(name, spec, settings)
+        experts = {value.shape[0] for value in stacks.values()}
+        if settings.rank > self.file.rank or experts != {spec.num_experts}:  # nothing is made that is not in the file
+            raise _Disagrees
         if expected != {keys.full_key(key): shapes[where] for where, key in mine.items()}:
             raise _Disagrees
         entries = {key: Entry(CODES[self.known.tensors[key][0]], shapes[where], 0, 0) for where, key in mine.items()}
@@ -112,7 +123,10 @@ class _Restored:
         ratio = ratios([one.scaling(position) for position in range(len(one.experts))], self.file.scale)
         for projection, slot in one.slots():
             for factor in FACTORS:
-                held.values[mine[slot, factor]] = self._value(one, projection, slot, factor, stacks, ratio)
+                value = self._value(one, projection, slot, factor, stacks, ratio)
+                if value.shape != shapes[slot, factor]:
+                    raise _Disagrees
+                held.values[mine[slot, factor]] = value
         return one, ratio
 
     def _spec(self, name: str, shapes: dict[tuple[str, str], tuple[int, ...]]) -> ExpertsSpec:
@@ -177,13 +191,16 @@ class _Restored:
 
     def _linear(self, key: str, path: str, factor: str) -> Tensor:
         config, found = self.known.config, self.file.adapter.tensors.read(key)
+        partner = self.file.adapter.tensors.entries.get(key.replace(".lora_B.", ".lora_A."))
+        if partner is None or found.dim() != 2:
+            raise _Disagrees
         rank = value_of(config.rank_pattern, path, config.r)
         alpha = value_of(config.alpha_pattern, path, config.lora_alpha)
         ratio = ratios([scaling_of(config, alpha, rank)], self.file.scale)
         ratio = None if ratio is None or factor == "lora_A" else ratio[0]
         value = found[:rank] if factor == "lora_A" else found[:, :rank]
         # What B was before it was folded into a wider dtype, A still is.
-        dtype = self.file.adapter.tensors.entries[key.replace(".lora_B.", ".lora_A.")].dtype or found.dtype
+        dtype = partner.dtype or found.dtype
         value = _unscaled(value, ratio).to(dtype if factor == "lora_B" else found.dtype)
         if not _agree(padded(scaled(value, ratio), factor, self.file.rank), found, folded=ratio is not None):
             raise _Disagrees

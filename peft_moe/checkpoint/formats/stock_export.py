@@ -16,6 +16,7 @@ from ...config import MoELoraConfig
 from ...patterns import value_of
 from ...settings import scaling_of
 from .. import native as keys
+from ..card import load_base
 from . import record
 from .foreign import config_dict
 from .fuse import alpha_for, full_dtype, full_factor, fused_rank
@@ -135,13 +136,12 @@ def _targets(adapter: NativeAdapter, names: list[str]) -> list[str]:
 
 def usage(config: MoELoraConfig, needs: str = "") -> list[str]:
     """How stock PEFT loads what it is given. Args: needs: of its version, with a "; " behind it."""
-    base = config.base_model_name_or_path or "<base model>"
     return [
         "```python",
         f"from peft import PeftModel  # {needs}peft-moe is not needed",
         f"from transformers import AutoModelForCausalLM  # {transformers_major()}, under which it was exported",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+        load_base(config),
         'model = PeftModel.from_pretrained(base, "<this folder>")',
         "```",
     ]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...patterns import check_patterns, value_of
+from ...config_input import check_ranks_and_alphas
+from ...patterns import value_of
 from .foreign import ForeignAdapter
 from .pairs import Found, Pair, to_native
 from .plan import Converted
@@ -45,23 +46,13 @@ def check_lora(adapter: ForeignAdapter) -> None:
     for option, reason in _REFUSED.items():
         if config.get(option):
             raise ValueError(f"adapter {adapter.name!r}: `{option}` is set, and {reason}")
-    for option, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
-        value = config.get(option)
-        if not isinstance(value, kinds) or isinstance(value, bool) or (option == "r" and value < 1):
-            raise ValueError(f"adapter {adapter.name!r}: `{option}` is {value!r} in its config, expected a number")
-    for option in ("rank_pattern", "alpha_pattern"):
-        value = config.get(option) or {}
-        if not isinstance(value, dict):
-            raise ValueError(f"adapter {adapter.name!r}: `{option}` is {value!r} in its config, expected a dict")
-        check_patterns(value, f"adapter {adapter.name!r}: `{option}`")
+    check_ranks_and_alphas({"r": None, "lora_alpha": None} | config, f"adapter {adapter.name!r}")
 
 
 def rank_and_scaling(config: dict[str, Any], name: str) -> tuple[int, float]:
     """What a LoRA config says of the linear or parameter of a name."""
     rank = value_of(config.get("rank_pattern"), name, config["r"])
     alpha = value_of(config.get("alpha_pattern"), name, config["lora_alpha"])
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-        raise ValueError(f"{name}: its rank is {rank!r} and its alpha {alpha!r} in the config, expected numbers")
     return rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 

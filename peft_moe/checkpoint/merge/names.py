@@ -20,6 +20,7 @@ from ...compat import core_model_loading as loading
 from ...compat import get_model_conversion_mapping
 
 Shape = tuple[int, ...]
+_PLAIN = re.compile(r"[\w.*]+")
 
 
 @dataclass(eq=False)
@@ -173,6 +174,10 @@ def _convert_names(model: Any, names: list[str]) -> dict[str, Group]:
         if pattern is None:
             groups.setdefault(renamed, Group(model, {renamed: renamed}, {name: [name]}))
             continue
+        if _PLAIN.fullmatch(pattern):  # as a regex, in which a dot stands for anything, it has matched already
+            own, _ = loading.rename_source_key(name, renamings, [], *options)
+            if not re.search(re.escape(pattern).replace(r"\*", r"\d+"), own):
+                continue
         converter = by_pattern[pattern]
         if renamed not in groups:
             first, *others = converter.target_patterns

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ...compat import model_class
+from ..json_input import read_object
+
+MAX_MODULES = 400_000  # of a model; those of a thousand billion parameters have a quarter of that
 
 
 def skeletons(folder: Path, trust_remote_code: bool) -> Iterator[Any]:
@@ -18,6 +22,7 @@ def skeletons(folder: Path, trust_remote_code: bool) -> Iterator[Any]:
 
     Raises `ValueError` if transformers does not know the architecture.
     """
+    _check_counts(read_object(folder / "config.json", constants=True), folder / "config.json")
     try:
         with _building(folder):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -30,6 +35,7 @@ def skeletons(folder: Path, trust_remote_code: bool) -> Iterator[Any]:
     for one in (config, text):
         if hasattr(one, "quantization_config"):
             del one.quantization_config  # of plain modules only names and shapes are asked
+        one._attn_implementation = "eager"  # what a config names may be code on the hub, which building would fetch
     seen: set[type] = set()
     own_code = not type(config).__module__.startswith("transformers.")
     stated = config.architectures if isinstance(config.architectures, list) else []
@@ -58,15 +64,40 @@ def skeletons(folder: Path, trust_remote_code: bool) -> Iterator[Any]:
 
 @contextmanager
 def _building(folder: Path) -> Iterator[None]:
-    """A config may hold anything: whatever transformers raises for it becomes a `ValueError` that names the folder."""
+    """A config may hold anything: whatever transformers raises for it becomes a `ValueError` that names the folder.
+
+    So does a model of more modules than any has.
+    """
+    count = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > MAX_MODULES:
+            raise ValueError(f"{folder}: its config.json asks for a model of more than {MAX_MODULES} modules")
+
+    hook = register_module_module_registration_hook(counted)
     try:
         yield
-    except (ValueError, OSError):
+    except ValueError as error:
+        raise error if str(folder) in str(error) else ValueError(f"{folder}: {error}") from error
+    except OSError:
         raise
     except Exception as error:
         raise ValueError(
             f"{folder}: transformers cannot build a model of its config.json ({type(error).__name__}: {error})"
         ) from error
+    finally:
+        hook.remove()
+
+
+def _check_counts(value: Any, path: Path) -> None:
+    """Raise `ValueError` for numbers of layers or experts that no model has: lists of that length are made of them."""
+    for name, one in value.items() if isinstance(value, dict) else ():
+        if isinstance(one, dict):
+            _check_counts(one, path)
+        elif isinstance(one, int) and one > MAX_MODULES and ("layer" in name or "expert" in name):
+            raise ValueError(f"{path}: `{name}` is {one}: no model has so many")
 
 
 def kept_in_fp32(model: Any) -> tuple[str, ...]:

@@ -264,7 +264,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "a pattern": (lambda t, c: c.update(alpha_pattern={"x": 1}), "alpha_pattern"),
     "another leaf": (lambda t, c: rename(t, "experts.down_proj", "experts.wo"), "'wo' is no projection"),
     "fewer experts": (lambda t, c: t.update({PATH.format(0, "down_proj.lora_A"): torch.ones(3, 8, 40)}), "3 experts"),
-    "integers": (lambda t, c: t.update({PATH.format(0, "down_proj.lora_A"): torch.ones(4, 8, 40).int()}), "int32"),
+    "integers": (lambda t, c: t.update({PATH.format(0, "down_proj.lora_A"): torch.ones(4, 8, 40).int()}), "is I32"),
     "odd rows": (lambda t, c: t.update({PATH.format(0, "gate_up_proj.lora_B"): torch.ones(4, 79, 8)}), "79"),
 }
 

@@ -13,7 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from peft_moe import merge_checkpoint
+from peft_moe import export_adapter, merge_checkpoint
+from peft_moe.checkpoint.merge import skeleton
 from peft_moe.compat import model_class
 from tests.checkpoint.merge.cases import case, files_of, merge
 
@@ -92,6 +93,35 @@ def test_configs_of_models(options: dict[str, Any], message: str | None, tmp_pat
         refused(tmp_path, message)
 
 
+def test_layers_without_number_where_no_file_counts_them(tmp_path: Path) -> None:
+    """A conversion looks at the config of the base alone."""
+    case("qwen3_moe", tmp_path)
+    change(tmp_path / "base" / "config.json", num_hidden_layers=10**9)
+    with pytest.raises(ValueError, match="config.json: `num_hidden_layers` is 1000000000: no model has so many"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", "vllm", base=tmp_path / "base", progress=False)
+
+
+def test_modules_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under whatever name a config asks for them."""
+    case("qwen3_moe", tmp_path)
+    monkeypatch.setattr(skeleton, "MAX_MODULES", 30)
+    refused(tmp_path, "its config.json asks for a model of more than 30 modules")
+
+
+@pytest.mark.parametrize("option", ["attn_implementation", "_attn_implementation"])
+def test_no_kernel_is_fetched(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Building a model whose config names a kernel of the hub runs what is there."""
+    case("qwen3_moe", tmp_path)
+    change(tmp_path / "base" / "config.json", **{option: "someone/kernel"})
+    asked = []
+    monkeypatch.setattr(
+        transformers.PreTrainedModel, "_check_and_adjust_attn_implementation",
+        lambda self, name, *_, **__: asked.append(name) or name,
+    )  # fmt: skip
+    merge(tmp_path)
+    assert asked and "someone/kernel" not in asked
+
+
 def test_only_models_are_built() -> None:
     assert model_class("Qwen3MoeForCausalLM") is transformers.Qwen3MoeForCausalLM
     for name in ("Trainer", "pipeline", "set_seed", "AutoModel", "logging", "__doc__", "nothing", 3, None, ["a"]):
@@ -133,12 +163,13 @@ def test_linears_that_are_not_what_the_config_says(damage: str, tmp_path: Path) 
     refused(tmp_path, said[damage])
 
 
-def test_experts_that_only_look_like_the_expected_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("old, new", [("experts.", "experts<"), ("up_proj.weight", "up_projnweight")])
+def test_experts_that_only_look_like_the_expected_ones(old: str, new: str, tmp_path: Path) -> None:
     """Names are matched by regexes in which a dot stands for anything."""
     case("qwen3_moe", tmp_path)
     path = tmp_path / "base" / "model.safetensors"
     tensors = load_file(path)
-    key = next(key for key in tensors if re.search(r"experts\.0\.gate_proj", key))
-    tensors[key.replace("experts.", "experts<")] = tensors.pop(key)
+    key = next(key for key in tensors if re.search(r"experts\.0\.up_proj", key))
+    tensors[key.replace(old, new)] = tensors.pop(key)
     save_file(tensors, path, metadata={"format": "pt"})
     refused(tmp_path, "experts")
