@@ -17,11 +17,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 LABELS = {
     "frozen": "transformers, frozen, no LoRA", "peft": "PEFT target_parameters", "peft-moe": "peft-moe",
-    "peft-moe:grouped_mm": "peft-moe without its kernels",
+    "peft-moe:grouped_mm": "peft-moe without its kernels", "plain": "plain grouped_mm", "unsloth": "Unsloth",
+    "axolotl": "Axolotl",
 }  # fmt: skip
 STYLES = {
     "frozen": ("0.45", "--"), "peft": ("#c44e52", "-"), "peft-moe": ("#1f6fb4", "-"),
-    "peft-moe:grouped_mm": ("#8db8de", "-"),
+    "peft-moe:grouped_mm": ("#8db8de", "-"), "plain": ("0.7", "-"), "unsloth": ("#55a868", "-"),
+    "axolotl": ("#dd8452", "-"),
 }  # fmt: skip
 
 

@@ -161,7 +161,8 @@ def _planned(pair: Pair, factor: str, settings: AdapterSettings, config: MoELora
     ratio = None
     if factor == "lora_B":
         wanted = [settings.expert_scaling(position, nominal_scaling(config)) for position in range(len(settings.ranks))]
-        ratios = [own / one if own else 0.0 for own, one in zip(pair.scalings, wanted, strict=True)]
+        both = zip(pair.scalings, wanted, strict=True)
+        ratios = [1.0 if own == one else own / one if own else 0.0 for own, one in both]  # zero has no ratio to zero
         if any(abs(one - 1) > 1e-9 for one in ratios):
             ratio = torch.tensor(ratios, dtype=torch.float64)[:, None, None]
     key = f"{native.PREFIX}{pair.module}.{pair.slot}.{factor}"

@@ -252,3 +252,14 @@ def test_only_pages_of_adapters_change(tmp_path: Path) -> None:
     native, out = (load_file(folder / NAME) for folder in (tmp_path / "native", export(tmp_path, "peft")))
     linears = [key for key in native if ".experts." not in key]
     assert linears and all(torch.equal(native[key], out[key]) for key in linears)
+
+
+def test_a_scale_of_zero_keeps_what_it_scales(tmp_path: Path) -> None:
+    case(ONE, tmp_path)
+    out = export(tmp_path, "peft")
+    without_note(out)
+    change_config(out, lora_alpha=0)
+    bring(tmp_path, format="peft")
+    native, back = (load_file(tmp_path / name / NAME) for name in ("native", "back"))
+    assert native.keys() == back.keys() and all(torch.equal(native[key], back[key]) for key in native)
+    assert json.loads((tmp_path / "back" / "adapter_config.json").read_text())["lora_alpha"] == 0
