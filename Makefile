@@ -3,7 +3,7 @@
 # make test-v4    the same suite on transformers 4
 # make lint       ruff and mypy
 # make docs       the documentation, into site/
-# make bench      one block of experts against its peers; the other benchmarks: benchmarks/README.md
+# make bench      one block of experts against its peers, with a picture; the others: benchmarks/README.md
 # make clean      remove the environments and everything built
 #
 # PYTHON     the interpreter the environments are made from; the pinned set needs 3.11 or newer
@@ -77,7 +77,9 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/block.py $(BENCH)
+	mkdir -p benchmarks/out
+	$(BIN)/python benchmarks/block.py --out benchmarks/out/block.json $(BENCH)
+	$(BIN)/python benchmarks/plot.py benchmarks/out/block.json benchmarks/out/block.png
 
 clean:
 	rm -rf $(VENV) $(VENV_V4) site quickstart_out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Draw time and memory of an experts block against the number of tokens.
+"""Draw time and memory of an experts block against the number of tokens: of the first shape and rank in a file.
 
 python benchmarks/block.py --out block.json && python benchmarks/plot.py block.json docs/block.png
 """
@@ -6,6 +6,7 @@ python benchmarks/block.py --out block.json && python benchmarks/plot.py block.j
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -15,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+NAMES = {"qwen3-30b": "Qwen3-30B-A3B"}
 LABELS = {
     "frozen": "transformers, frozen, no LoRA", "peft": "PEFT target_parameters", "peft-moe": "peft-moe",
     "peft-moe:grouped_mm": "peft-moe without its kernels", "plain": "plain grouped_mm", "unsloth": "Unsloth",
@@ -37,18 +39,25 @@ def floor_ms(tokens: int, experts: int = 128, top_k: int = 8, width: int = 2048,
 def main(source: Path, target: Path) -> None:
     """Read the rows that `block.py --out` wrote, write a PNG."""
     data = json.loads(source.read_text())
+    shape, rank = data["rows"][0]["shape"], data["rows"][0]["rank"]
+    rows = [row for row in data["rows"] if (row["shape"], row["rank"]) == (shape, rank)]
     series = defaultdict(list)
-    for row in data["rows"]:
+    for row in rows:
         series[row["contender"]].append((row["tokens"], row["ms"], row["peak_mib"]))
-    figure, (time, memory) = plt.subplots(1, 2, figsize=(10, 4.4), constrained_layout=True)
+    measured = not any(math.isnan(row["peak_mib"]) for row in rows)  # there is no peak on a CPU
+    figure, axes = plt.subplots(1, 1 + measured, figsize=(10, 4.4), constrained_layout=True, squeeze=False)
+    time, memory = axes[0, 0], axes[0, -1]
     for name, points in series.items():
         tokens, milliseconds, peak = zip(*sorted(points), strict=True)
         color, style = STYLES.get(name, ("0.2", ":"))
         time.plot(tokens, milliseconds, style, color=color, marker="o", markersize=4, label=LABELS.get(name, name))
-        memory.plot(tokens, peak, style, color=color, marker="o", markersize=4)
-    ticks = sorted({row["tokens"] for row in data["rows"]})
-    time.plot(ticks, [floor_ms(tick) for tick in ticks], ":", color="black", label="floor")
-    for axis, title, unit in ((time, "Forward and backward", "ms"), (memory, "Peak above the weights", "MiB")):
+        if measured:
+            memory.plot(tokens, peak, style, color=color, marker="o", markersize=4)
+    ticks = sorted({row["tokens"] for row in rows})
+    if shape == "qwen3-30b" and "H200" in data["machine"]:
+        time.plot(ticks, [floor_ms(tick) for tick in ticks], ":", color="black", label="floor")
+    titles = [(time, "Forward and backward", "ms"), (memory, "Peak above the weights", "MiB")]
+    for axis, title, unit in titles[: 1 + measured]:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -57,7 +66,7 @@ def main(source: Path, target: Path) -> None:
         axis.set_title(title)
         axis.grid(True, which="major", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    figure.suptitle(f"One experts block of Qwen3-30B-A3B, bf16, r=16, {data['machine']}")
+    figure.suptitle(f"One experts block of {NAMES.get(shape, shape)}, r={rank}, {data['machine']}")
     figure.savefig(target, dpi=130)
 
 
