@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from .compat import LoraLinear
+from .compat import LoraLinear, check_adapters_to_merge
 from .weights.fp8 import FP8Weight, open_fp8_modules
 from .weights.grid import FLOAT8
 
