@@ -220,6 +220,57 @@ def test_quantize_experts_refuses() -> None:
         quantize_experts(attach(small("gpt_oss")), config("nf4"))
 
 
+def test_quantize_experts_checks_all_before_it_changes_any() -> None:
+    model = small("gpt_oss")
+    last = model.model.layers[-1].mlp.experts.down_proj
+    before = output(model)
+    with torch.no_grad():
+        saved = last[0, 0, 0].item()
+        last[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.down_proj: the weights hold values that are not"):
+        quantize_experts(model, config("nf4"))
+    with torch.no_grad():
+        last[0, 0, 0] = saved
+    assert torch.equal(output(model), before)
+    codes = nn.Parameter(last.data.to(torch.float8_e4m3fn), requires_grad=False)
+    model.model.layers[-1].mlp.experts.down_proj = codes
+    for kind in ("nf4", "int8"):
+        with pytest.raises(ValueError, match=r"down_proj: expected weights in 16 or 32 bits .*float8_e4m3fn"):
+            quantize_experts(model, config(kind))
+    assert model.model.layers[0].mlp.experts.gate_up_proj.is_floating_point()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_experts_of_a_model_whose_linears_stock_transformers_quantized(kind: str, tmp_path: Path) -> None:
+    """It leaves stacks in 16 bits; once they are quantized, the saved config has to name the linears, too."""
+    from transformers import BitsAndBytesConfig
+
+    small("gpt_oss").save_pretrained(tmp_path / "dense")
+    same = {key: value for key, value in CONFIGS[kind].items() if not key.startswith("experts")}
+    stock = BitsAndBytesConfig(**same)
+    stock.llm_int8_skip_modules = ["lm_head", "q_proj"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=stock, **LOAD).train()
+    classes = {name: type(module) for name, module in model.named_modules()}
+    assert classes["model.layers.0.self_attn.k_proj"].__name__ in ("Linear4bit", "Linear8bitLt")
+    for other in set(CONFIGS) - {kind}:
+        with pytest.raises(ValueError, match=r"k_proj is in \w+, and the experts were to be in \w+"):
+            quantize_experts(model, config(other))
+    quantize_experts(model, config(kind, experts_blocksize=64))
+    model.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", **LOAD).train()
+    assert {name: type(module) for name, module in again.named_modules()} == classes
+    assert_same_bytes(raw(again), raw(model))
+    assert relative(output(again), output(model)) < 1e-6
+
+
+def test_experts_of_a_model_whose_linears_are_fp8_stay() -> None:
+    model = small("gpt_oss")
+    linear = model.model.layers[0].self_attn.k_proj
+    linear.weight = nn.Parameter(linear.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match=r"k_proj holds torch\.float8_e4m3fn, so this model is quantized in another"):
+        quantize_experts(model, config("nf4"))
+
+
 def test_compute_dtype_casts_there_and_back() -> None:
     model = quantize_experts(small("gpt_oss"), config("nf4", bnb_4bit_compute_dtype="bfloat16"))
     exact = quantize_experts(small("gpt_oss"), config("nf4"))

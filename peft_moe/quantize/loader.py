@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..compat import Bnb4BitHfQuantizer, Bnb8BitHfQuantizer
 from ..compat import quantizer_registry as auto
+from ..weights.bnb_pieces import is_packed_linear
 from ..weights.bnb_records import (
     FOUR_BIT_NAMES,
     INT8_LINEAR_NAMES,
@@ -34,7 +35,7 @@ from ..weights.bnb_records import (
 from ..weights.built import split_path
 from . import conversions
 from .config import METHODS, BnbExpertsConfig, stock_method
-from .experts import Stack, bind, find_stacks, is_skipped, listed_linears
+from .experts import Stack, bind, find_stacks, is_skipped, linears_elsewhere, listed_linears
 from .packing import pack, parameter_of
 from .singles import join_singles
 
@@ -288,7 +289,15 @@ def declare(model: nn.Module, config: BnbExpertsConfig, stacks: Sequence[Stack])
     if not isinstance(model, PreTrainedModel):
         return
     config = copy.deepcopy(config)
-    config.experts_only = True
+    # Linears elsewhere may have been quantized by stock transformers: a saved config has to say which.
+    elsewhere = linears_elsewhere(model)
+    plain = [name for name, linear in elsewhere.items() if not is_packed_linear(linear)]
+    config.experts_only = len(plain) == len(elsewhere)
+    if not config.experts_only:
+        config.llm_int8_skip_modules = [*(config.llm_int8_skip_modules or ()), *plain]
+        of_linears = getattr(getattr(model, "hf_quantizer", None), "quantization_config", config)
+        for setting in ("bnb_4bit_compute_dtype", "llm_int8_threshold"):
+            setattr(config, setting, getattr(of_linears, setting, getattr(config, setting)))
     quantizer = _CLASSES[8 if config.load_in_8bit else 4](config, pre_quantized=False)
     quantizer.stacks = {stack.name: stack for stack in stacks}
     quantizer.modules_to_not_convert = quantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, None)
