@@ -102,9 +102,10 @@ def _check_elsewhere(model: nn.Module, config: BnbExpertsConfig) -> None:
                     f"{_kind(settings.quant_type, nested)}: no config says both, so the model could not be saved. Ask "
                     "for the same of the experts, or load the linears in 16 bits."
                 )
-        elif linear.weight.dtype not in DENSE_DTYPES:
+        elif getattr(getattr(linear, "weight", None), "dtype", None) not in DENSE_DTYPES:
+            held = ", ".join(sorted({str(tensor.dtype) for tensor in linear.state_dict().values()}))
             raise ValueError(
-                f"quantize_experts: {name} holds {linear.weight.dtype}, so this model is quantized in another way, "
+                f"quantize_experts: {name} holds {held}, so this model is quantized in another way, "
                 "and no config says both. Start from the 16-bit checkpoint."
             )
 
