@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compat import LoraLinear
+from .compat import LoraLinear, check_adapters_to_merge
 from .weights.fp8 import FP8Weight, open_fp8_modules
 from .weights.grid import FLOAT8
 
@@ -49,22 +49,34 @@ class FP8LoraLinear(LoraLinear):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """See PEFT. Adapters merged before are merged anew together with these."""
+        """See PEFT. Adapters merged before are merged anew together with these. A failure changes nothing."""
         base = self.get_base_layer()
         if not is_fp8_linear(base):  # decompressed since
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
             return
-        store = self._store()
-        if not self.merged_adapters:
-            self._base_bytes = store.snapshot()
-        codes, before = base.weight, store.materialize(None, torch.float32)[0]
+        names = check_adapters_to_merge(self, adapter_names)
+        if not names:
+            return
+        store, before = self._store(), list(self.merged_adapters)
+        current = store.snapshot()
+        if before:
+            store.restore(self._base_bytes)
+        codes, dense = base.weight, store.materialize(None, torch.float32)[0]
+        self.merged_adapters.clear()
         try:
-            base.weight = nn.Parameter(before.clone(), requires_grad=False)
-            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # on the dense weight
-            delta: Tensor = base.weight.data - before
-        finally:
-            base.weight = codes
-        store.add_([([0], delta.unsqueeze(0))])
+            try:
+                base.weight = nn.Parameter(dense.clone(), requires_grad=False)
+                super().merge(safe_merge=safe_merge, adapter_names=[*before, *names])  # on the dense weight
+                delta: Tensor = base.weight.data - dense
+            finally:
+                base.weight = codes
+            store.add_([([0], delta.unsqueeze(0))])
+        except BaseException:
+            store.restore(current)
+            self.merged_adapters[:] = before
+            raise
+        if not before:
+            self._base_bytes = current
 
     def unmerge(self) -> None:
         """See PEFT; the codes and scales of before, byte for byte."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from peft_moe import BnbExpertsConfig, MoELoraLayer, quantize_experts
+from peft_moe import BnbExpertsConfig, MoELoraLayer, packed_config, quantize_experts
 from peft_moe.quantize import packing
 from tests.quantize_cases import (
     CONFIGS,
@@ -119,7 +119,7 @@ def test_lists_saved_elsewhere_are_refused_by_a_stack(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path, **LOAD)
 
 
-def test_a_checkpoint_without_statistics_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_without_statistics_is_refused(tmp_path: Path, caplog: Any) -> None:
     from safetensors.torch import load_file, save_file
 
     model = quantize_experts(small("gpt_oss"), config("nf4"))
@@ -128,8 +128,9 @@ def test_a_checkpoint_without_statistics_is_refused(tmp_path: Path) -> None:
     lost = [key for key in tensors if key.endswith("experts.down_proj.absmax")]
     assert lost
     save_file({k: v for k, v in tensors.items() if k not in lost}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises((RuntimeError, ValueError)):
+    with caplog.at_level("WARNING"), pytest.raises((RuntimeError, ValueError)) as raised:
         AutoModelForCausalLM.from_pretrained(tmp_path, **LOAD)
+    assert "The checkpoint is not complete" in caplog.text + str(raised.value)
 
 
 def test_loading_holds_one_stack_in_16_bits_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +219,76 @@ def test_quantize_experts_refuses() -> None:
         quantize_experts(model, config("nf4"))
     with pytest.raises(ValueError, match="adapters already"):
         quantize_experts(attach(small("gpt_oss")), config("nf4"))
+
+
+def test_quantize_experts_checks_all_before_it_changes_any() -> None:
+    model = small("gpt_oss")
+    last = model.model.layers[-1].mlp.experts.down_proj
+    before = output(model)
+    with torch.no_grad():
+        saved = last[0, 0, 0].item()
+        last[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.down_proj: the weights hold values that are not"):
+        quantize_experts(model, config("nf4"))
+    with torch.no_grad():
+        last[0, 0, 0] = saved
+    assert torch.equal(output(model), before)
+    codes = nn.Parameter(last.data.to(torch.float8_e4m3fn), requires_grad=False)
+    model.model.layers[-1].mlp.experts.down_proj = codes
+    for kind in ("nf4", "int8"):
+        with pytest.raises(ValueError, match=r"down_proj: expected weights in 16 or 32 bits .*float8_e4m3fn"):
+            quantize_experts(model, config(kind))
+    assert model.model.layers[0].mlp.experts.gate_up_proj.is_floating_point()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_experts_of_a_model_whose_linears_stock_transformers_quantized(kind: str, tmp_path: Path) -> None:
+    """It leaves stacks in 16 bits; once they are quantized, the saved config has to name the linears, too."""
+    from transformers import BitsAndBytesConfig
+
+    small("gpt_oss").save_pretrained(tmp_path / "dense")
+    same = {key: value for key, value in CONFIGS[kind].items() if not key.startswith("experts")}
+    stock = BitsAndBytesConfig(**same)
+    stock.llm_int8_skip_modules = ["lm_head", "q_proj"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=stock, **LOAD).train()
+    classes = {name: type(module) for name, module in model.named_modules()}
+    assert classes["model.layers.0.self_attn.k_proj"].__name__ in ("Linear4bit", "Linear8bitLt")
+    for other in set(CONFIGS) - {kind}:
+        with pytest.raises(ValueError, match=r"k_proj is in \w+, and the experts were to be in \w+"):
+            quantize_experts(model, config(other))
+    quantize_experts(model, config(kind, experts_blocksize=64))
+    model.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", **LOAD).train()
+    assert {name: type(module) for name, module in again.named_modules()} == classes
+    assert_same_bytes(raw(again), raw(model))
+    assert relative(output(again), output(model)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
+def test_a_checkpoint_whose_experts_are_in_16_bits_says_so(name: str, kind: str, tmp_path: Path, caplog: Any) -> None:
+    """As stock transformers writes it where experts are stacked. They are quantized once it was loaded without us."""
+    from transformers import BitsAndBytesConfig
+
+    small(name).save_pretrained(tmp_path / "dense")
+    stock = BitsAndBytesConfig(**CONFIGS[kind])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=stock, **LOAD).train()
+    if isinstance(model.model.layers[0].mlp.experts, nn.ModuleList):
+        pytest.skip("this transformers holds the experts as a list of linears")
+    model.save_pretrained(tmp_path / "stock")
+    with caplog.at_level("WARNING"), pytest.raises((RuntimeError, ValueError)) as raised:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "stock", config=packed_config(str(tmp_path / "stock")), **LOAD)
+    assert "experts in 16 bits. Load it with plain" in caplog.text + str(raised.value)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", **LOAD).train()
+    assert_same_bytes(raw(quantize_experts(plain, config(kind))), raw(quantize_experts(model, config(kind))))
+
+
+def test_experts_of_a_model_whose_linears_are_fp8_stay() -> None:
+    model = small("gpt_oss")
+    linear = model.model.layers[0].self_attn.k_proj
+    linear.weight = nn.Parameter(linear.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match=r"k_proj holds torch\.float8_e4m3fn, so this model is quantized in another"):
+        quantize_experts(model, config("nf4"))
 
 
 def test_compute_dtype_casts_there_and_back() -> None:

@@ -124,7 +124,7 @@ def missing_scales(model: nn.Module) -> list[FP8Piece]:
                 pieces.append(FP8Piece(owner, weight, where, slice(None), transposed=part.transposed))
                 pieces[-1].halves = "gate_up" in weight and not part.transposed
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and has_float8([module.weight]):
+        if isinstance(module, nn.Linear) and has_float8([getattr(module, "weight", None)]):
             pieces.append(FP8Piece(module, "weight", f"{name}.weight", slice(None), expert=0))
     lacking = [one for one in pieces if find_scale(one.module, one.weight) is None]
     return sorted(lacking, key=lambda one: "experts" not in one.where)  # those matter most to whoever reads of it

@@ -13,11 +13,13 @@ from torch import nn
 
 from ..layouts import find_experts
 from ..weights.bnb_codes import library
+from ..weights.bnb_pieces import is_packed_linear
 from ..weights.bnb_records import find_record, install
 from ..weights.built import split_path
+from ..weights.dense import DENSE_DTYPES
 from .config import BnbExpertsConfig, PackSettings
 from .forward import PackedForward
-from .packing import pack
+from .packing import check_values, pack
 
 logger = logging.getLogger("peft_moe")
 
@@ -79,6 +81,39 @@ def listed_linears(model: nn.Module, skip: Sequence[str] | None) -> Iterator[tup
                 yield full, module.get_submodule(holder) if holder else module, leaf
 
 
+def linears_elsewhere(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linears outside of all routed experts, by path."""
+    inside = tuple(f"{name}." for name in find_experts(model))
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {name: linear for name, linear in found.items() if not name.startswith(inside)}
+
+
+def _check_elsewhere(model: nn.Module, config: BnbExpertsConfig) -> None:
+    """Raise `ValueError` if linears are quantized in a way that one config cannot name together with `config`."""
+    settings = config.settings()
+    nested = settings.nested and settings.quant_type != "int8"
+    for name, linear in linears_elsewhere(model).items():
+        if is_packed_linear(linear):
+            state: Any = getattr(linear.weight, "quant_state", None) or getattr(linear, "quant_state", None)
+            found = ("int8", False) if state is None else (state.quant_type, state.nested)
+            if found != (settings.quant_type, nested):
+                raise ValueError(
+                    f"quantize_experts: {name} is in {_kind(*found)}, and the experts were to be in "
+                    f"{_kind(settings.quant_type, nested)}: no config says both, so the model could not be saved. Ask "
+                    "for the same of the experts, or load the linears in 16 bits."
+                )
+        elif getattr(getattr(linear, "weight", None), "dtype", None) not in DENSE_DTYPES:
+            held = ", ".join(sorted({str(tensor.dtype) for tensor in linear.state_dict().values()}))
+            raise ValueError(
+                f"quantize_experts: {name} holds {held}, so this model is quantized in another way, "
+                "and no config says both. Start from the 16-bit checkpoint."
+            )
+
+
+def _kind(quant_type: str, nested: bool) -> str:
+    return f"{quant_type} with double quantization" if nested else quant_type
+
+
 def bind(model: nn.Module, stacks: Sequence[Stack]) -> None:
     """Give the experts modules of packed stacks a forward that can read them."""
     for name in dict.fromkeys(stack.experts for stack in stacks):
@@ -92,8 +127,7 @@ def pack_parameter(module: nn.Module, path: str, settings: PackSettings) -> None
     owner, name = split_path(module, path)
     if find_record(owner, name) is not None:
         raise ValueError(f"{path} of {type(module).__name__} is quantized already")
-    values = getattr(owner, name).data
-    parameter, record = pack(values, settings)
+    parameter, record = pack(getattr(owner, name).data, settings)
     install(owner, name, parameter, record)
 
 
@@ -129,8 +163,9 @@ def quantize_experts(model: nn.Module, config: BnbExpertsConfig) -> nn.Module:
     Args:
         model: its experts in 16 or 32 bits, on any device. config: `experts_only` is implied.
 
-    Returns the model. Raises `ValueError` if it has no experts that could be quantized, and for adapted models:
-    quantize first, then attach adapters.
+    Returns the model. Raises `ValueError`, and changes nothing, if it has no experts that could be quantized, for
+    weights that are quantized already or not finite, for linears that are quantized in another way than `config`
+    says, and for adapted models: quantize first, then attach adapters.
     """
     skip = config.llm_int8_skip_modules
     if any(hasattr(module, "adapter_layer_names") for module in model.modules()):
@@ -144,15 +179,12 @@ def quantize_experts(model: nn.Module, config: BnbExpertsConfig) -> nn.Module:
             f"quantize_experts: {type(model).__name__} has no routed experts to quantize"
             f"{f' besides those that {skip} leaves out' if skip else ''}."
         )
-    on_meta = [s.name for s in stacks if split_parameter(model, s).device.type == "meta"]
-    if on_meta:
-        raise ValueError(f"quantize_experts: {on_meta[0]} is on the meta device: load the model first")
+    for name in [*(stack.name for stack in stacks), *(f"{full}.weight" for full, _, _ in linears)]:
+        _check(model, name)
+    _check_elsewhere(model, config)
     settings = config.settings()
     for stack in stacks:
-        try:
-            pack_parameter(model.get_submodule(stack.experts), stack.path, settings)
-        except ValueError as error:
-            raise ValueError(f"{stack.name}: {error}") from error
+        pack_parameter(model.get_submodule(stack.experts), stack.path, settings)
     for _, holder, leaf in linears:
         setattr(holder, leaf, pack_linear(getattr(holder, leaf), config))
     bind(model, stacks)
@@ -162,7 +194,15 @@ def quantize_experts(model: nn.Module, config: BnbExpertsConfig) -> nn.Module:
     return model
 
 
-def split_parameter(model: nn.Module, stack: Stack) -> Any:
-    """The parameter of a stack."""
-    owner, name = split_path(model, stack.name)
-    return getattr(owner, name)
+def _check(model: nn.Module, name: str) -> None:
+    """Raise `ValueError` if a parameter cannot be quantized."""
+    owner, leaf = split_path(model, name)
+    values = getattr(owner, leaf, None)
+    if find_record(owner, leaf) is not None or not isinstance(values, torch.Tensor):
+        raise ValueError(f"{name} of {type(owner).__name__} is quantized already")
+    if values.device.type == "meta":
+        raise ValueError(f"quantize_experts: {name} is on the meta device: load the model first")
+    try:
+        check_values(values)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..compat import Bnb4BitHfQuantizer, Bnb8BitHfQuantizer
 from ..compat import quantizer_registry as auto
+from ..weights.bnb_pieces import is_packed_linear
 from ..weights.bnb_records import (
     FOUR_BIT_NAMES,
     INT8_LINEAR_NAMES,
@@ -32,9 +33,10 @@ from ..weights.bnb_records import (
     uninstall,
 )
 from ..weights.built import split_path
+from ..weights.dense import DENSE_DTYPES
 from . import conversions
 from .config import METHODS, BnbExpertsConfig, stock_method
-from .experts import Stack, bind, find_stacks, is_skipped, listed_linears
+from .experts import Stack, bind, find_stacks, is_skipped, linears_elsewhere, listed_linears
 from .packing import pack, parameter_of
 from .singles import join_singles
 
@@ -110,6 +112,8 @@ class _ExpertsQuantizer:
 
     def restore_stack(self, model: Any, name: str, packed: Tensor, statistics: dict[str, Tensor]) -> nn.Parameter:
         """The parameter of packed bytes that were read with their statistics. Raises `ValueError` where they misfit."""
+        if not statistics and packed.shape == model.get_parameter(name).shape:
+            raise ValueError(_plain(name))
         try:
             record = record_from(statistics, packed.device, self.quantization_config.compute_dtype)
         except ValueError as error:
@@ -118,6 +122,8 @@ class _ExpertsQuantizer:
 
     def stack_singles(self, model: Any, name: str, singles: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> nn.Parameter:
         """The parameter of linears that were packed one by one, `(packed, statistics)` each: see `join_singles`."""
+        if all(not facts and codes.dtype in DENSE_DTYPES and codes.dim() == 2 for codes, facts in singles):
+            raise ValueError(_plain(name))
         compute_dtype, dtype = self.quantization_config.compute_dtype, model.get_parameter(name).dtype
         try:
             found = [(codes, record_of_linear(codes, facts, dtype, compute_dtype)) for codes, facts in singles]
@@ -210,6 +216,17 @@ class _ExpertsQuantizer:
 
     # --- transformers 4 ------------------------------------------------------------------------------------------
 
+    def update_expected_keys(self, model: Any, expected_keys: list[str], loaded_keys: list[str]) -> list[str]:
+        """The last call before tensors are read. Raises `ValueError` where a checkpoint lacks statistics."""
+        there = set(loaded_keys)
+        for name in self.stacks if self.pre_quantized else ():
+            lost = [suffix for suffix in self._suffixes() if f"{name}.{suffix}" not in there]
+            if name in there and len(lost) == len(self._suffixes()):
+                raise ValueError(_plain(name))
+            if name in there and lost:
+                raise ValueError(f"{name}: the checkpoint lacks its statistics {lost}. The checkpoint is not complete.")
+        return super().update_expected_keys(model, expected_keys, loaded_keys)  # type: ignore[misc]
+
     def update_unexpected_keys(self, model: Any, unexpected_keys: list[str]) -> list[str]:
         """Statistics are expected."""
         keys = super().update_unexpected_keys(model, unexpected_keys)  # type: ignore[misc]
@@ -288,7 +305,15 @@ def declare(model: nn.Module, config: BnbExpertsConfig, stacks: Sequence[Stack])
     if not isinstance(model, PreTrainedModel):
         return
     config = copy.deepcopy(config)
-    config.experts_only = True
+    # Linears elsewhere may have been quantized by stock transformers: a saved config has to say which.
+    elsewhere = linears_elsewhere(model)
+    plain = [name for name, linear in elsewhere.items() if not is_packed_linear(linear)]
+    config.experts_only = len(plain) == len(elsewhere)
+    if not config.experts_only:
+        config.llm_int8_skip_modules = [*(config.llm_int8_skip_modules or ()), *plain]
+        of_linears = getattr(getattr(model, "hf_quantizer", None), "quantization_config", config)
+        for setting in ("bnb_4bit_compute_dtype", "llm_int8_threshold"):
+            setattr(config, setting, getattr(of_linears, setting, getattr(config, setting)))
     quantizer = _CLASSES[8 if config.load_in_8bit else 4](config, pre_quantized=False)
     quantizer.stacks = {stack.name: stack for stack in stacks}
     quantizer.modules_to_not_convert = quantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, None)
@@ -303,6 +328,14 @@ def _misfit(name: str, found: Any, expected: Any) -> str:
     return (
         f"{name}: the checkpoint packs a weight of shape {tuple(found)}, the model expects {tuple(expected)}: its "
         "config.json does not belong to these weights."
+    )
+
+
+def _plain(name: str) -> str:
+    return (
+        f"{name}: the checkpoint has no statistics of it: its linears alone are quantized, and its experts in 16 bits. "
+        "Load it with plain `from_pretrained`, without `packed_config`, and quantize the experts then: "
+        "`peft_moe.quantize_experts(model, config)`."
     )
 
 

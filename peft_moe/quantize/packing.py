@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..weights import bnb_codes
 from ..weights.bnb_records import Int8State, PackedRecord
+from ..weights.dense import DENSE_DTYPES
 from .config import PackSettings
 
 _NESTED_BLOCKSIZE = 256  # bitsandbytes' own, of scales
@@ -19,14 +20,11 @@ def pack(values: Tensor, settings: PackSettings) -> tuple[nn.Parameter, PackedRe
     """The packed parameter of a floating tensor of any shape, on its device, and its record.
 
     bitsandbytes quantizes it in one call, or range by range where it has more elements than its kernels can count.
-    Raises `ValueError` for values that are not floating or not finite, and `ImportError` without bitsandbytes.
+    Raises `ValueError` for values that are no weights (see `check_values`), and `ImportError` without bitsandbytes.
     """
-    if not values.is_floating_point():
-        raise ValueError(f"expected weights in 16 or 32 bits to quantize, found {values.dtype}")
+    check_values(values)
     dtype, shape = values.dtype, values.shape
     values = values.detach().as_subclass(torch.Tensor).contiguous()  # type: ignore[arg-type]
-    if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
-        raise ValueError("the weights hold values that are not finite; they cannot be quantized")
     if dtype == torch.float64:
         values = values.float()
     if settings.quant_type == "int8":
@@ -37,6 +35,18 @@ def pack(values: Tensor, settings: PackSettings) -> tuple[nn.Parameter, PackedRe
     state.dtype, state.shape = values.dtype, shape
     record = PackedRecord(state, settings.compute_dtype)
     return parameter_of(packed, record), record
+
+
+def check_values(values: Tensor) -> None:
+    """Raise `ValueError` unless these are finite weights in 16, 32 or 64 bits: codes of another format are none."""
+    if values.dtype not in DENSE_DTYPES:
+        raise ValueError(
+            f"expected weights in 16 or 32 bits to quantize, found {values.dtype}; codes of another quantization are "
+            "not quantized again: start from the 16-bit checkpoint"
+        )
+    values = values.detach().as_subclass(torch.Tensor)  # type: ignore[arg-type]
+    if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
+        raise ValueError("the weights hold values that are not finite; they cannot be quantized")
 
 
 def parameter_of(packed: Tensor, record: PackedRecord) -> nn.Parameter:

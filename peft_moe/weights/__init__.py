@@ -14,7 +14,7 @@ from .bnb_pieces import put_linear, saved_linear
 from .dense import DENSE_DTYPES, DenseStack, ModuleStack, parameter_at
 from .fp8 import FP8Weight, has_float8, open_fp8_modules, open_fp8_stack
 from .fp8_house import FP8House
-from .mxfp4 import MXFP4Weight, find_packed4, open_mxfp4, refuse_unknown
+from .mxfp4 import MXFP4Weight, find_packed4, open_mxfp4, refuse_unknown, refuse_without_weight
 
 __all__ = [
     "DENSE_DTYPES",
@@ -67,7 +67,10 @@ def open_modules(linears: Sequence[Sequence[Any]], shape: tuple[int, int, int], 
         packed = open_bnb_modules(linears, shape, name)
         packed.house = BnbHouse(packed.pieces)
         return packed
-    weights = [getattr(linear, "weight", None) for expert in linears for linear in expert]
+    for linear in (linear for expert in linears for linear in expert):
+        if getattr(linear, "weight", None) is None:
+            refuse_without_weight(linear, name)
+    weights = [linear.weight for expert in linears for linear in expert]
     if has_float8(weights):
         scaled = open_fp8_modules(linears, shape, name)
         scaled.house = FP8House(scaled.pieces)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .bnb_codes import FourBit
 from .bnb_pieces import Codes, LinearPiece, StackPiece, is_packed_linear, is_packed_stack
 from .built import BuiltWeight, split_path
 from .requantized import Change, report
@@ -86,6 +87,9 @@ class BnbWeight(BuiltWeight):
             for experts, delta in deltas:
                 for value, expert in zip(delta, experts, strict=True):
                     change += self._add_one(copies, unpacked, expert, value)
+            for changed in copies.values():
+                if isinstance(changed, FourBit):
+                    change += Change(error=changed.settle())
         except BaseException:
             for number, saved in unpacked.items():
                 self.pieces[number].put(saved)

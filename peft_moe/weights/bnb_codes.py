@@ -209,11 +209,21 @@ class FourBit:
             outer, last = state.state2.blocksize, -(-stop // size)
             self._touched[start // size // outer : -(-last // outer)] = True
 
-    def _settle(self) -> None:
-        """Code what `write` has put off."""
-        if self._loose is not None:
-            values, self._loose = self._loose, None
-            self._code(0, self.numel, values)
+    def settle(self) -> Tensor | float:
+        """Code what `write` has put off. Returns the squared error of elements that were not coded before."""
+        exact, self._loose = self._loose, None
+        if exact is not None:
+            self._code(0, self.numel, exact)
+        self._settle_scales()
+        error: Tensor | float = 0.0
+        step = _step(_TEMPORARY, self.state.blocksize)
+        for start, stop in _ranges(0, 0 if exact is None else self.numel, step):
+            stored = torch.empty(stop - start, device=self.data.device)
+            self.read(start, stop, stored)
+            error += (stored - exact[start:stop]).double().square().sum()  # type: ignore[index]
+        return error
+
+    def _settle_scales(self) -> None:
         if self._scales is None or self._touched is None:
             return
         # The offset stays, so that blocks of scales which nothing touched keep their bytes.
@@ -234,7 +244,7 @@ class FourBit:
 
     def take(self, other: FourBit) -> None:
         """Take over the bytes of a clone."""
-        other._settle()
+        other.settle()
         self.bytes.copy_(other.bytes)
         self.state.absmax.copy_(other.state.absmax)
         if self.state.nested:

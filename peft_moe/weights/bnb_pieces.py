@@ -20,7 +20,9 @@ _PACKED_CLASSES = ("Params4bit", "Int8Params")
 
 def is_packed_linear(linear: Any) -> bool:
     """Whether a linear holds 4-bit or int8 codes of bitsandbytes (and no 16-bit weights, as `has_fp16_weights` has)."""
-    weight = linear.weight
+    weight = getattr(linear, "weight", None)  # linears of other packed formats have none
+    if weight is None:
+        return False
     if type(weight).__name__ == "Int8Params":
         return weight.dtype == torch.int8
     return type(weight).__name__ == "Params4bit" or getattr(linear, "quant_state", None) is not None

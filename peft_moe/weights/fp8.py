@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..ops.scaled import CodedStack, ScaledStack
 from .built import BuiltWeight, chunks, split_path, stated_dtype
 from .dense import DENSE_DTYPES
-from .grid import FLOAT8, Grid, decode_scale, find_grids, quantize
+from .grid import FLOAT8, Grid, are_powers, decode_scale, find_grids, quantize
 from .requantized import Change, report
 
 
@@ -149,18 +149,28 @@ class FP8Piece:
         key = (codes.shape, scales.shape)
         if key not in self._grids:
             counts = (scales.shape[1], scales.shape[2])
-            # A block size is stated for scales of blocks; `weight_scale` and scales without columns are none.
-            by_block = find_scale(self.module, self.weight) == f"{self.weight}_scale_inv"
-            by_block = by_block and self.scale.dim() == self.tensor.dim()
-            stated = stated_block(self.module) if by_block else None
+            # A block size is stated for scales of blocks: scales without columns are none, `weight_scale` may be.
+            always = find_scale(self.module, self.weight) == f"{self.weight}_scale_inv"
+            stated = stated_block(self.module) if self.scale.dim() == self.tensor.dim() else None
             try:
-                found = find_grids(codes.shape[1], codes.shape[2], counts, stated, self.halves)
+                found = self._fitting(counts, stated, always)
             except ValueError as error:
                 raise self._misfit(self.scale, str(error)) from error
             if len(found) > 1 and codes.device.type == "meta":
                 return found[0]
             self._grids[key] = found[0] if len(found) == 1 else max(found, key=self._fill)
         return self._grids[key]
+
+    def _fitting(self, counts: tuple[int, int], stated: tuple[int, int] | None, always: bool) -> list[Grid]:
+        """The grids of `(r, c)` scales. Args: stated: a block size. always: scales that do not fit it are wrong."""
+        _, rows, cols = self.codes.shape
+        if stated is not None:
+            try:
+                return find_grids(rows, cols, counts, stated, self.halves)
+            except ValueError:
+                if always:
+                    raise
+        return find_grids(rows, cols, counts, None, self.halves)
 
     def _fill(self, grid: Grid) -> float:
         """How near the largest code of each block comes to the largest code there is: at its top in the right grid.
@@ -250,7 +260,7 @@ class FP8Piece:
             return codes, None, Change.of(codes.to(wide), exact, delta)
         grid, scales = self.grid(), self.scales()
         shared = scales.shape[0] == 1 and len(self.codes) > 1
-        codes, found = quantize(exact.clone(), grid, self.tensor.dtype, scales.dtype, shared)
+        codes, found = quantize(exact.clone(), grid, self.tensor.dtype, scales.dtype, shared, are_powers(scales))
         old_codes, old_scales = _take(self.codes, experts), scales if shared else _take(scales, experts)
         still = grid.largest(delta) == 0
         if shared:

@@ -29,9 +29,18 @@ def decode_scale(scale: Tensor) -> Tensor:
     return scale if scale.dtype == torch.float64 else scale.float()
 
 
-def encode_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales in the dtype in which they are stored; powers of two are rounded up, so that no code overflows."""
-    if dtype in (torch.uint8, E8M0):
+def are_powers(scale: Tensor) -> bool:
+    """Whether all of these scales are powers of two, which a floating dtype can hold, too (`scale_fmt` ue8m0)."""
+    mantissa, _ = torch.frexp(decode_scale(scale))
+    return bool((mantissa == 0.5).all())
+
+
+def encode_scale(scale: Tensor, dtype: torch.dtype, powers: bool = False) -> Tensor:
+    """Scales in the dtype in which they are stored; powers of two are rounded up, so that no code overflows.
+
+    Args: powers: make powers of two of them in any dtype; e8m0 holds nothing else.
+    """
+    if powers or dtype in (torch.uint8, E8M0):
         exponent = torch.ceil(torch.log2(scale.float())).clamp(-127, 127)
         # log2 of a power of two may come out a hair above the integer
         exponent = torch.where(torch.exp2(exponent - 1) >= scale, exponent - 1, exponent)
@@ -161,11 +170,17 @@ def find_grids(rows: int, cols: int, counts: tuple[int, int], stated: Sequence[i
 
 
 def quantize(
-    values: Tensor, grid: Grid, dtype: torch.dtype, scale_dtype: torch.dtype, shared: bool = False
+    values: Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    shared: bool = False,
+    powers: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Codes `(E, rows, cols)` of an 8-bit dtype and their scales `(E, r, c)`, new ones for every block.
 
-    Args: values: fp32 or fp64, consumed. shared: one scale for all experts, `(1, 1, 1)`.
+    Args: values: fp32 or fp64, consumed. shared: one scale for all experts, `(1, 1, 1)`. powers: scales
+    that are powers of two.
 
     Raises `ValueError` if a value is not finite: no code would hold it.
     """
@@ -176,7 +191,7 @@ def quantize(
         raise ValueError("the merged weights hold values that are not finite; the adapter seems broken")
     top = torch.finfo(dtype).max
     # A block of zeros has no magnitude to scale by: any scale does, one is the plainest.
-    scales = encode_scale(torch.where(largest > 0, largest / top, 1.0), scale_dtype)
+    scales = encode_scale(torch.where(largest > 0, largest / top, 1.0), scale_dtype, powers)
     decoded = decode_scale(scales).to(values.dtype)
     # A scale that underflowed to zero would turn its block into NaN: such values are zero in this storage.
     divisor = torch.where(decoded > 0, decoded, torch.inf)

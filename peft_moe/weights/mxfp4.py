@@ -185,6 +185,12 @@ def refuse_unknown(tensors: Iterable[Any], name: str) -> None:
             _refuse(name, f"{tensor.dtype} codes (NVFP4, or another packed format)", "this quantization")
 
 
+def refuse_without_weight(linear: Any, name: str) -> NoReturn:
+    """Raise `ValueError` for a linear that holds something else than a `weight`: NVFP4 and int4 packed, GPTQ, AWQ."""
+    held = ", ".join(f"{key} in {tensor.dtype}" for key, tensor in linear.state_dict().items()) or "nothing"
+    _refuse(name, f"{type(linear).__name__} modules without a `weight`, which hold {held}", "this quantization")
+
+
 def _refuse(name: str, found: str, loader: str) -> NoReturn:
     raise ValueError(
         f"{name}: its expert weights are {found}, which this version cannot adapt. It reads 16-bit weights, FP8 with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -294,6 +295,26 @@ def test_merge_says_how_much_of_the_delta_rounding_ate(caplog: pytest.LogCapture
     assert not caplog.records
     store.add_(iter([([0], 1e-3 * torch.randn(1, OUT, IN))]))
     assert "layer.experts" in caplog.text and "%" in caplog.text
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5, 9), (3, 8, 16)])
+def test_what_rounding_ate_is_measured_in_experts_of_no_whole_blocks(
+    shape: tuple[int, int, int], nested: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their blocks wait until all deltas were drawn, and count all the same."""
+    module = nn.Module()
+    module.up = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    pack_parameter(module, "up", PackSettings("nf4", nested=nested))
+    store = open_stacked(module, [("up", False, False)], shape, "layer.experts")
+    before = store.materialize(None, torch.float64)
+    delta = 0.05 * torch.randn(2, *shape[1:], generator=torch.Generator().manual_seed(1))
+    store.add_(iter([([0], delta[:1]), ([2], delta[1:])]))
+    wanted = before.clone()
+    wanted[[0, 2]] += delta.double()
+    share = (store.materialize(None, torch.float64) - wanted).norm() / delta.double().norm()
+    found = re.search(r"layer\.experts: .* by (\d+)% of the adapter's own change", caplog.text)
+    assert found is not None and abs(int(found[1]) - 100 * share) < 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -55,6 +55,20 @@ def test_per_channel(view: tuple[int, ...], suffix: str) -> None:
     same(open_stacked(holder, [("down_proj", False, False)], SHAPE, "experts").materialize(dtype=torch.float32), values)
 
 
+@pytest.mark.parametrize("block", [(32, 32), (24, 20), (90, 100)])
+@pytest.mark.parametrize("suffix", ["_scale", "_weight_scale"])
+def test_blocks_of_a_stated_size_under_other_names(block: tuple[int, int], suffix: str) -> None:
+    """compressed-tensors has blocks, too: what a module states counts where it fits, and is not inferred."""
+    codes, scales, values = encode_stack(weights(), block)
+    holder = Holder("down_proj", codes, scales.float(), f"down_proj{suffix}")
+    holder.block_size = block
+    same(open_stacked(holder, [("down_proj", False, False)], SHAPE, "experts").materialize(dtype=torch.float32), values)
+    codes, scales, values = encode_stack(weights(), (1, COLS))  # by row, in a module that states one all the same
+    holder = Holder("down_proj", codes, scales.float(), f"down_proj{suffix}")
+    holder.block_size = block
+    same(open_stacked(holder, [("down_proj", False, False)], SHAPE, "experts").materialize(dtype=torch.float32), values)
+
+
 @pytest.mark.parametrize("view", [(EXPERTS, 1, 1), (EXPERTS,)])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_per_tensor(view: tuple[int, ...], stored: torch.dtype) -> None:

@@ -17,6 +17,7 @@ STORES: dict[str, Any] = {
     "odd": lambda: stacked((7, 50))[0],
     "e5m2": lambda: stacked((32, 32), E5M2)[0],
     "ue8m0": lambda: stacked((32, 32), power_of_two=True)[0],
+    "ue8m0 in fp32": lambda: _powers_in_fp32(),
     "halves": lambda: stacked((32, 32), name="gate_up_proj", halves=True)[0],
     "channel": lambda: _plain((1, COLS), (EXPERTS, ROWS, 1)),
     "tensor": lambda: _plain((ROWS, COLS), (EXPERTS,)),
@@ -29,6 +30,13 @@ def _plain(block: tuple[int, int], view: tuple[int, ...]) -> Any:
     codes, scales, _ = encode_stack(weights(), block)
     holder = Holder("down_proj", codes, scales.float().view(view), "down_proj_weight_scale")
     return open_stacked(holder, [("down_proj", False, False)], SHAPE, "experts")
+
+
+def _powers_in_fp32() -> Any:
+    store, holder, _ = stacked((32, 32), power_of_two=True)
+    scale = holder.down_proj_scale_inv.data.float()
+    holder.down_proj_scale_inv = torch.nn.Parameter(scale, requires_grad=False)
+    return store
 
 
 @pytest.mark.parametrize("kind", STORES)
@@ -48,7 +56,7 @@ def test_requantized_sum(kind: str) -> None:
     smallest = 2**-16 if kind == "e5m2" else 2**-9
     for expert in (0, 2):
         # half a step of the mantissa, or half the smallest code at the largest scale there is
-        scale = expected[expert].abs().max() / top * (2 if kind == "ue8m0" else 1)
+        scale = expected[expert].abs().max() / top * (2 if kind.startswith("ue8m0") else 1)
         bound = (code_eps / 2 + 1e-6) * expected[expert].abs() + 0.51 * smallest * scale
         assert ((found[expert] - expected[expert]).abs() <= bound).all()
     store.restore(saved)
@@ -79,6 +87,16 @@ def test_new_scales_are_those_of_a_fresh_quantization() -> None:
     assert torch.allclose(holder.down_proj_scale_inv.double(), scales, rtol=1e-6)
     differing = holder.down_proj.view(torch.uint8) != codes.view(torch.uint8)
     assert differing.float().mean() < 1e-3  # ties, told apart by the last bit of fp32
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_scales_that_are_powers_of_two_stay_such(kind: str) -> None:
+    """Some kernels read nothing but their exponents, whatever the dtype in which a checkpoint holds them."""
+    store = STORES[kind]()
+    store.add_([(range(EXPERTS), weights(1))])
+    scales = torch.cat([piece.scale.float().reshape(-1) for piece in store.pieces])
+    rounded = torch.exp2(torch.round(torch.log2(scales.double()))).float()
+    assert torch.equal(scales, rounded) == kind.startswith("ue8m0")
 
 
 def test_blocks_of_zeros() -> None:

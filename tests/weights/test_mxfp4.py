@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_moe.checkpoint.packed import packed_config
 from peft_moe.weights import MXFP4Weight, open_modules, open_stacked
-from tests.model.tiny import config, experts_of
+from tests.model.tiny import BUILDERS, config, experts_of
 from tests.reference import adapter_factors, dense_gradients, expected_gradients, relative, write_deltas
 from tests.weights.checkpoints import read, save_shards
 from tests.zoo import ENTRIES, first_floating, loss
@@ -130,6 +130,40 @@ def test_other_storages_are_recognised_and_refused() -> None:
     linear.weight = nn.Parameter(torch.zeros(4, 2, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match=r"NVFP4"):
         open_modules([[linear]], (1, 4, 4), "model.experts")
+
+
+class _CodesOnly(nn.Linear):
+    """As a linear of compressed-tensors in NVFP4, or in packed int4: it has no `weight`."""
+
+    def __init__(self, columns: int, rows: int) -> None:
+        super().__init__(columns, rows, bias=False)
+        del self.weight
+        codes = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+        self.weight_packed = nn.Parameter(codes, requires_grad=False)
+        scale = torch.ones(rows, columns // 16).to(torch.float8_e4m3fn)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+def test_linears_without_a_weight() -> None:
+    """Among experts they are refused by what they hold; elsewhere they are left to whoever runs them."""
+    with pytest.raises(ValueError, match=r"_CodesOnly modules without a `weight`.*weight_packed in torch\.uint8"):
+        open_modules([[_CodesOnly(32, 8)]], (1, 8, 32), "model.experts")
+    model: Any = BUILDERS["remote_list"]()
+    attention = next(name for name, one in model.named_modules() if isinstance(one, nn.Linear) and "expert" not in name)
+    parent, _, leaf = attention.rpartition(".")
+    plain = model.get_submodule(attention)
+    setattr(model.get_submodule(parent), leaf, _CodesOnly(plain.in_features, plain.out_features))
+    assert experts_of(get_peft_model(model, config()))
+    model = BUILDERS["remote_list"]()
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and ".experts." in name:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, _CodesOnly(linear.in_features, linear.out_features))
+    with pytest.raises(ValueError, match=r"experts: its expert weights are _CodesOnly modules without a `weight`"):
+        get_peft_model(model, config())
 
 
 # --- GPT-OSS ---------------------------------------------------------------------------------------------------------

@@ -298,3 +298,43 @@ def test_what_is_not_packed_is_refused(tmp_path: Path) -> None:
         ValueError, match="its quantization is 'None', expected one of bitsandbytes, compressed-tensors, fp8"
     ):
         packed_config(str(tmp_path))
+
+
+def test_linears_are_merged_once_and_a_failing_merge_changes_nothing(tmp_path: Path) -> None:
+    """One adapter after the other gives the bytes of both at once: each sum is requantized from the base's own."""
+    write_fp8(ENTRIES["qwen3_moe"].build(), tmp_path / "fp8")
+    options: dict[str, Any] = {"target_modules": ["q_proj"], "target_experts": []}
+    model = get_peft_model(load(tmp_path / "fp8"), config(**options), adapter_name="a")
+    model.add_adapter("b", config(**options))
+    linear = next(module for module in model.modules() if isinstance(module, FP8LoraLinear))
+
+    def stored() -> list[torch.Tensor]:
+        base: Any = linear.get_base_layer()
+        return [base.weight.view(torch.uint8).clone(), base.weight_scale_inv.clone()]
+
+    def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+        return all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
+
+    base = stored()
+    linear.merge(adapter_names=["a", "b"])
+    both = stored()
+    assert not same(both, base)
+    linear.unmerge()
+    linear.merge(adapter_names=["a"])
+    only_a = stored()
+    linear.merge(adapter_names=["b"])
+    assert linear.merged_adapters == ["a", "b"] and same(stored(), both)
+    linear.unmerge()
+    assert same(stored(), base)
+
+    with torch.no_grad():
+        linear.lora_B["b"].weight.fill_(torch.nan)
+    for merged, expected in (([], base), (["a"], only_a)):
+        if merged:
+            linear.merge(adapter_names=merged)
+        for safe in (True, False):
+            with pytest.raises(ValueError, match=r"NaNs detected|not finite"):
+                linear.merge(safe_merge=safe, adapter_names=["a", "b"])
+            assert linear.merged_adapters == merged and same(stored(), expected)
+    linear.unmerge()
+    assert same(stored(), base)
