@@ -213,7 +213,11 @@ class ModuleStack(_Dense):
         if self._handed_out:
             return None
         try:
-            return self.house.flat if torch.compiler.is_compiling() else self.house.move_in()
+            if not torch.compiler.is_compiling():
+                return self.house.move_in()
+            if torch.compiler.is_dynamo_compiling():  # the weights are tensors still, and may have moved
+                self.house.settle()
+            return self.house.flat
         except CannotBeHoused:
             self._handed_out = True
             log_once(f"{self.path}: its modules hand out copies of their weights, which are gathered in each call")

@@ -104,6 +104,17 @@ class House:
             raise CannotBeHoused("the modules of the experts do not take another storage for their tensors")
         return self.flat
 
+    @torch.compiler.assume_constant_result
+    def settle(self) -> None:
+        """House the tensors while a graph is traced, where they can be; `flat` is `None` where they cannot."""
+        if any(tensor.device.type == "meta" for tensor in self.tensors()):
+            self.flat = None
+            return
+        try:
+            self.move_in()
+        except CannotBeHoused:
+            self.flat = None
+
     @torch.no_grad()
     def release(self) -> None:
         """Give each tensor a storage of its own again."""
