@@ -96,6 +96,8 @@ def _against_module(module: Any) -> str | None:
         return "carries an adapter"
     if any(getattr(module, hooks, None) for hooks in _HOOKS):
         return "has hooks"
+    if vars(module).get("_is_fsdp_managed_module"):  # its weights are whole for the length of a call alone
+        return "is sharded by FSDP"
     hook = vars(module).get("_hf_hook")
     if hook is not None and not all(_only_moves_inputs(one) for one in getattr(hook, "hooks", (hook,))):
         return f"is offloaded or has a hook of accelerate ({type(hook).__name__})"

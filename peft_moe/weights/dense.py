@@ -218,9 +218,9 @@ class ModuleStack(_Dense):
             if torch.compiler.is_dynamo_compiling():  # the weights are tensors still, and may have moved
                 self.house.settle()
             return self.house.flat
-        except CannotBeHoused:
+        except CannotBeHoused as reason:
             self._handed_out = True
-            log_once(f"{self.path}: its modules hand out copies of their weights, which are gathered in each call")
+            log_once(f"{self.path}: {reason}, so they are gathered in each call")
             return None
 
     def frozen(self) -> FrozenStack:

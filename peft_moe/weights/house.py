@@ -145,6 +145,13 @@ class NamedHouse(House):
     def tensors(self) -> list[Tensor]:
         return list(map(self._of_name, map(self._of_kind, self._owners)))
 
+    def check(self, tensors: list[Tensor]) -> None:
+        """See `House.check`. FSDP fills the storage that it gave its parameters: another would hold old weights."""
+        if any(getattr(owner, "_is_fsdp_managed_module", False) for owner in self._owners):
+            self.flat = None
+            raise CannotBeHoused("FSDP shards the weights of the experts")
+        super().check(tensors)
+
 
 class WeightHouse(NamedHouse):
     """The weights of linears."""
