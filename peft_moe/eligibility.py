@@ -29,7 +29,7 @@ _LINEARS = {
 _TENSORS = ("Parameter", "Tensor", "Params4bit", "Int8Params")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What may be set on a module anew under the name it has already: a count of attributes does not tell.
-_SETTINGS = tuple(methodcaller("get", name) for name in ("forward", "_old_forward", "_hf_hook", "compute_dtype"))
+_SETTINGS = {name: methodcaller("get", name) for name in ("forward", "_old_forward", "_hf_hook", "compute_dtype")}
 _requires_grad = attrgetter("requires_grad")
 _values_of = methodcaller("values")
 # Looked up each time: tools put another dict of parameters in the place of a module's.
@@ -158,6 +158,7 @@ class Watch:
         self._held = list(_values(map(_parameters_of, self._attributes)))
         self._tensors = [tensor for tensor in self._held if tensor is not None]
         self._sizes, self._places = self._count(), pointers(self._tensors)
+        self._having = {get: [one for one in self._attributes if name in one] for name, get in _SETTINGS.items()}
         self._settings = list(self._set())
         self._hooked = any(self._hooks)
         self.trains = self._any_trains()
@@ -168,7 +169,7 @@ class Watch:
         return [list(map(len, found)) for found in dicts]
 
     def _set(self) -> Iterator[Any]:
-        return chain.from_iterable(map(setting, self._attributes) for setting in _SETTINGS)
+        return chain.from_iterable(map(get, having) for get, having in self._having.items())
 
     def _any_trains(self) -> bool:
         with torch._C.DisableTorchFunctionSubclass():

@@ -264,9 +264,11 @@ def disable_grouped_experts(model: nn.Module, names: Iterable[str] | None = None
     Returns the paths of the experts that run as before.
     """
     chosen = None if names is None else set(names)
-    living = {id(one.module): one for one in _living if one.enabled}
-    found = [living[id(module)] for module in model.modules() if id(module) in living]
-    found = [one for one in found if chosen is None or one.name in chosen]
+    order = {id(module): number for number, module in enumerate(model.modules())}
+    found = [one for one in _living if one.enabled and id(one.module) in order]
+    found = sorted(
+        (one for one in found if chosen is None or one.name in chosen), key=lambda one: order[id(one.module)]
+    )
     for one in found:
         one.remove()
     return [one.name for one in found]
