@@ -41,7 +41,7 @@ class AutoGrouped:
         @functools.wraps(original)
         def construct(model: nn.Module, *args: Any, **kwargs: Any) -> None:
             original(model, *args, **kwargs)
-            enable_grouped_experts(model, **self.options)
+            self._enable(model)
 
         return construct
 
@@ -50,10 +50,14 @@ class AutoGrouped:
         def load(cls: type, *args: Any, **kwargs: Any) -> Any:
             found = original.__get__(None, cls)(*args, **kwargs)
             model = found[0] if isinstance(found, tuple) else found  # with `output_loading_info`
-            enable_grouped_experts(model, **self.options)
+            self._enable(model)
             return found
 
         return load
+
+    def _enable(self, model: nn.Module) -> None:
+        if _installed is self:  # what others have wrapped since may call it still
+            enable_grouped_experts(model, **self.options)
 
     def remove(self) -> None:
         """Take it out. Models that have the grouped forward keep it; what others have wrapped since is left alone."""

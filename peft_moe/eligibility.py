@@ -28,6 +28,8 @@ _LINEARS = {
 }
 _TENSORS = ("Parameter", "Tensor", "Params4bit", "Int8Params")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What may be set on a module anew under the name it has already: a count of attributes does not tell.
+_SETTINGS = {name: methodcaller("get", name) for name in ("forward", "_old_forward", "_hf_hook", "compute_dtype")}
 _requires_grad = attrgetter("requires_grad")
 _values_of = methodcaller("values")
 # Looked up each time: tools put another dict of parameters in the place of a module's.
@@ -94,6 +96,8 @@ def _against_module(module: Any) -> str | None:
         return "carries an adapter"
     if any(getattr(module, hooks, None) for hooks in _HOOKS):
         return "has hooks"
+    if vars(module).get("_is_fsdp_managed_module"):  # its weights are whole for the length of a call alone
+        return "is sharded by FSDP"
     hook = vars(module).get("_hf_hook")
     if hook is not None and not all(_only_moves_inputs(one) for one in getattr(hook, "hooks", (hook,))):
         return f"is offloaded or has a hook of accelerate ({type(hook).__name__})"
@@ -137,7 +141,7 @@ class Watch:
     """Remembers what experts are made of, and says whether that is still so.
 
     Noticed: another module or parameter in the place of one, another storage of a weight, a weight that begins or
-    ceases to require a gradient, hooks, attributes set on a module (a forward, an offload hook).
+    ceases to require a gradient, hooks, attributes set on a module (a forward, an offload hook, a compute dtype).
 
     Args: container: of the experts. everything: all modules below it too.
 
@@ -154,13 +158,18 @@ class Watch:
         self._held = list(_values(map(_parameters_of, self._attributes)))
         self._tensors = [tensor for tensor in self._held if tensor is not None]
         self._sizes, self._places = self._count(), pointers(self._tensors)
+        self._having = {get: [one for one in self._attributes if name in one] for name, get in _SETTINGS.items()}
+        self._settings = list(self._set())
         self._hooked = any(self._hooks)
         self.trains = self._any_trains()
 
-    def _count(self) -> list[int]:
+    def _count(self) -> list[list[int]]:
         everything = self._attributes
         dicts: Any = (everything, map(_children_of, everything), map(_parameters_of, everything))
-        return [sum(map(len, found)) for found in dicts]
+        return [list(map(len, found)) for found in dicts]
+
+    def _set(self) -> Iterator[Any]:
+        return chain.from_iterable(map(get, having) for get, having in self._having.items())
 
     def _any_trains(self) -> bool:
         with torch._C.DisableTorchFunctionSubclass():
@@ -171,6 +180,7 @@ class Watch:
         return (
             self._count() == self._sizes
             and any(self._hooks) == self._hooked
+            and all(map(is_, self._set(), self._settings))
             and all(map(is_, map(type, self._modules), self._classes))
             and all(_forward_of(kind) is forward for kind, forward in self._forwards)
             and all(map(is_, _values(map(_children_of, self._attributes)), self._children))

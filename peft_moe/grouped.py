@@ -8,8 +8,8 @@ device. If they are not, the block's own forward runs, and a log line says why, 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from .binding import ReplacedForward, has_own_forward, replaced_forwards
 from .compat import BaseTunerLayer
 from .eligibility import Watch, class_path, reason_against
 from .frozen import FrozenExperts
+from .grouped_report import BlockReport, GroupedReport
 from .layer import MoELoraLayer
 from .layouts import ExpertsSpec, describe
 from .ops.backends import BACKENDS, SWITCH, grouped_is_off
@@ -27,6 +28,7 @@ from .targets import all_experts
 
 _NONE = ExpertsSpec(0, (), None)
 _said: set[tuple[str, str]] = set()  # what was logged, by class of block and reason
+_living: WeakSet[GroupedForward] = WeakSet()  # to find those that someone else's forward calls
 
 
 class GroupedForward(ReplacedForward):
@@ -47,7 +49,13 @@ class GroupedForward(ReplacedForward):
         self._watch: Watch | None = None
         self._container: Any = None
         self._class_forward = self._looked_at = type(module).forward
+        self.enabled = True
+        _living.add(self)
         self.install()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        _living.add(self)
 
     # --- is it right? ----------------------------------------------------------------------------------------------
 
@@ -100,8 +108,10 @@ class GroupedForward(ReplacedForward):
 
     def ready(self, x: Any) -> FrozenExperts | None:
         """The experts if they run grouped on this input, else `None`."""
-        if torch.compiler.is_compiling():  # what was found before is a constant of the graph
-            return None if self.trains and torch.is_grad_enabled() else self.experts
+        if torch.compiler.is_compiling():
+            # Without Dynamo (`torch.export`) the weights are fake: what was found before holds.
+            runs = not torch.compiler.is_dynamo_compiling() or self._runs_now()
+            return self.experts if runs and not (self.trains and torch.is_grad_enabled()) else None
         reason = self._reason_now(x)
         if reason is None:
             return self.experts
@@ -118,20 +128,31 @@ class GroupedForward(ReplacedForward):
             self.backend, self.keep_built = backend, keep_built
 
     def _reason_now(self, x: Any) -> str | None:
+        reason = self._reason_of_experts()
+        if reason is not None or self.experts is None:
+            return reason
+        if self.trains and torch.is_grad_enabled():
+            return "its weights require gradients, and the grouped forward computes none for them"
+        return self.experts.reason_against(x) if isinstance(x, Tensor) else None
+
+    def _reason_of_experts(self) -> str | None:
         if grouped_is_off():
             return f"{SWITCH}=0 is set"
         known = self.container is self._container and self._looked_at is type(self.module).forward
         if not known or self._watch is None or not self._watch.unchanged():
             self.examine()
-        if self.experts is None:
-            return self.reason
-        if self.trains and torch.is_grad_enabled():
-            return "its weights require gradients, and the grouped forward computes none for them"
-        return self.experts.reason_against(x) if isinstance(x, Tensor) else None
+        return self.reason
+
+    @torch.compiler.assume_constant_result
+    def _runs_now(self) -> bool:
+        """Whether the experts run grouped, looked at while a graph is traced: a constant of it."""
+        return self._reason_of_experts() is None
 
     # --- the forward -----------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.enabled:  # someone else calls it still
+            return self.original(*args, **kwargs)
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         experts = self.ready(x)
         if experts is None:
@@ -156,6 +177,7 @@ class GroupedForward(ReplacedForward):
         if self.experts is not None:
             self.experts.release()
         self.experts = self._watch = None
+        self.enabled = False
 
 
 def _against_layout(spec: ExpertsSpec) -> str | None:
@@ -167,50 +189,6 @@ def _against_layout(spec: ExpertsSpec) -> str | None:
 
 
 # --- a whole model -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """What was found of one block.
-
-    Attributes:
-        name: path of its experts. block: class of the block (of the stacked experts).
-        grouped: whether it runs grouped now. reason: why it does not, or what it waits for; empty if it does.
-        enabled: whether it will run grouped as soon as the reason is gone. new: whether this call enabled it.
-    """
-
-    name: str
-    block: str
-    grouped: bool
-    reason: str = ""
-    enabled: bool = True
-    new: bool = False
-
-
-@dataclass(frozen=True)
-class GroupedReport:
-    """What `enable_grouped_experts` did, block by block."""
-
-    blocks: tuple[BlockReport, ...]
-
-    @property
-    def grouped(self) -> list[str]:
-        """Paths of the experts that run grouped."""
-        return [one.name for one in self.blocks if one.grouped]
-
-    @property
-    def left_alone(self) -> dict[str, str]:
-        """Path -> reason of the experts that do not."""
-        return {one.name: one.reason for one in self.blocks if not one.grouped}
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.grouped)} of {len(self.blocks)} blocks run their frozen experts grouped"]
-        lines += [
-            f"  {one.name} ({one.block}): {'waits: ' if one.enabled else ''}{one.reason}"
-            for one in self.blocks
-            if not one.grouped
-        ]
-        return "\n".join(lines)
 
 
 def enable_grouped_experts(
@@ -266,8 +244,9 @@ def _enable(
         if reason is not None:
             return BlockReport(name, kind, False, reason, enabled=False)
         mine = GroupedForward(owner, name, leaf if spec.experts else None, backend, keep_built)
-    if override:
+    if override or not mine.enabled:
         mine.set_options(backend, keep_built)
+    new, mine.enabled = new or not mine.enabled, True
     reason = mine.examine()
     if reason is None and mine.trains:
         reason = "its weights require gradients: only calls without gradients run grouped"
@@ -277,19 +256,19 @@ def _enable(
 def disable_grouped_experts(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
     """Give every block its own forward back, where `enable_grouped_experts` replaced it.
 
-    A forward that someone else has put in its place since is left alone.
+    A forward that someone else has put in its place since is left alone; if it calls the grouped one, that passes on
+    to the block's own.
 
     Args: names: paths of experts, as the report of `enable_grouped_experts` gives them; `None`: all.
 
     Returns the paths of the experts that run as before.
     """
     chosen = None if names is None else set(names)
-    found = [
-        one
-        for module in model.modules()
-        for one in replaced_forwards(module)
-        if isinstance(one, GroupedForward) and (chosen is None or one.name in chosen)
-    ]
+    order = {id(module): number for number, module in enumerate(model.modules())}
+    found = [one for one in _living if one.enabled and id(one.module) in order]
+    found = sorted(
+        (one for one in found if chosen is None or one.name in chosen), key=lambda one: order[id(one.module)]
+    )
     for one in found:
         one.remove()
     return [one.name for one in found]

@@ -16,6 +16,8 @@ def describe(name: str, module: nn.Module, parent: nn.Module) -> ExpertsSpec | N
 
     Args: name: its path in the model. parent: the module that holds it.
     """
+    if "original_module" in module._modules:  # `modules_to_save` of PEFT: it shows the tensors of what it wraps
+        return None
     return describe_stacked(name, module) or describe_modules(name, module, parent)
 
 

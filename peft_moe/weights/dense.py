@@ -213,10 +213,14 @@ class ModuleStack(_Dense):
         if self._handed_out:
             return None
         try:
-            return self.house.flat if torch.compiler.is_compiling() else self.house.move_in()
-        except CannotBeHoused:
+            if not torch.compiler.is_compiling():
+                return self.house.move_in()
+            if torch.compiler.is_dynamo_compiling():  # the weights are tensors still, and may have moved
+                self.house.settle()
+            return self.house.flat
+        except CannotBeHoused as reason:
             self._handed_out = True
-            log_once(f"{self.path}: its modules hand out copies of their weights, which are gathered in each call")
+            log_once(f"{self.path}: {reason}, so they are gathered in each call")
             return None
 
     def frozen(self) -> FrozenStack:

@@ -104,6 +104,17 @@ class House:
             raise CannotBeHoused("the modules of the experts do not take another storage for their tensors")
         return self.flat
 
+    @torch.compiler.assume_constant_result
+    def settle(self) -> None:
+        """House the tensors while a graph is traced, where they can be; `flat` is `None` where they cannot."""
+        if any(tensor.device.type == "meta" for tensor in self.tensors()):
+            self.flat = None
+            return
+        try:
+            self.move_in()
+        except CannotBeHoused:
+            self.flat = None
+
     @torch.no_grad()
     def release(self) -> None:
         """Give each tensor a storage of its own again."""
@@ -133,6 +144,13 @@ class NamedHouse(House):
 
     def tensors(self) -> list[Tensor]:
         return list(map(self._of_name, map(self._of_kind, self._owners)))
+
+    def check(self, tensors: list[Tensor]) -> None:
+        """See `House.check`. FSDP fills the storage that it gave its parameters: another would hold old weights."""
+        if any(getattr(owner, "_is_fsdp_managed_module", False) for owner in self._owners):
+            self.flat = None
+            raise CannotBeHoused("FSDP shards the weights of the experts")
+        super().check(tensors)
 
 
 class WeightHouse(NamedHouse):

@@ -138,3 +138,20 @@ def test_a_block_on_the_cpu_beside_one_on_the_gpu() -> None:
     moved = step(other.cuda(), x.cuda())
     for key, value in on_gpu.items():
         torch.testing.assert_close(moved[key], value, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_on_several_devices() -> None:
+    """One linear (or stack) that stays behind on the CPU: noticed at the next call, and when it is back."""
+    model = layer(torch.bfloat16)
+    x = torch.randn(1, 512, SIZES["hidden_size"], device="cuda", dtype=torch.bfloat16)
+    enable_grouped_experts(model)
+    want = step(model, x)
+    last = list(model["mlp"].experts.parameters())[-1]
+    last.data = last.data.cpu()
+    with pytest.raises(RuntimeError, match="device"):  # the block's own forward
+        step(model, x)
+    assert "several devices" in next(iter(enable_grouped_experts(model).left_alone.values()))
+    last.data = last.data.cuda()
+    assert enable_grouped_experts(model).grouped
+    for key, value in step(model, x).items():
+        assert cosine_similarity(value.double().flatten(), want[key].double().flatten(), dim=0) > 0.9999, key

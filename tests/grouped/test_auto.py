@@ -87,6 +87,7 @@ def test_what_someone_wrapped_since_is_left_alone(monkeypatch: pytest.MonkeyPatc
     PeftModel.__init__ = theirs  # type: ignore[method-assign]
     handle.remove()
     assert PeftModel.__init__ is theirs
+    assert calls_of(get_peft_model(build(NAME), attention()))[1] == 0, "theirs calls ours, which does nothing more"
     PeftModel.__init__ = ORIGINAL[1]  # type: ignore[method-assign]
 
 

@@ -318,6 +318,47 @@ def test_linears_that_compute_in_several_dtypes_are_left_alone() -> None:
     assert len(report.grouped) == blocks(model) - 1
 
 
+def test_a_compute_dtype_that_is_set_later() -> None:
+    """On all linears it is honoured; on one of them the block itself has to run."""
+    model = quantized("nf4").train()
+    enable_grouped_experts(model)
+    exact = output(model)
+    linears = [m for m in first_block(model).experts.modules() if type(m).__name__ == "Linear4bit"]
+    for linear in linears:
+        linear.compute_dtype = torch.bfloat16
+    found, calls = calls_of(model)
+    assert calls == blocks(model) and 1e-6 < relative(found, exact) < 3e-2
+    linears[-1].compute_dtype = torch.float32
+    assert first_block(model).forward.ready(torch.zeros(1, 1, 64)) is None
+    assert "compute in several dtypes" in first_block(model).forward.reason
+
+
+@pytest.mark.skipif(FOUR, reason="PEFT refuses lists of modules to save")
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_experts_among_the_modules_to_save(order: str) -> None:
+    """PEFT's wrapper shows the tensors of what it wraps; the copy that trains is what runs."""
+    model, reference = pair(NATIVE)
+    if order == "before":
+        enable_grouped_experts(model)
+        output(model)
+    adapted, expected = (lora(one, modules_to_save=["experts"]) for one in (model, reference))
+    if order == "after":
+        assert len(enable_grouped_experts(adapted).grouped) == blocks(reference)
+    for one in (adapted, expected):
+        with torch.no_grad():
+            trained = [p for key, p in one.named_parameters() if "modules_to_save" in key]
+            assert trained and all(p.requires_grad for p in trained)
+            for p in trained:
+                p.mul_(2)
+    found, wanted = adapter_gradients(adapted), adapter_gradients(expected)
+    assert any("modules_to_save" in key for key in wanted)
+    assert found.keys() == wanted.keys()
+    for key in wanted:
+        assert relative(found[key], wanted[key]) < 1e-5, key
+    with adapted.disable_adapter(), expected.disable_adapter():
+        assert_close(output(adapted), output(expected), **close)
+
+
 def test_merging_beneath_it() -> None:
     """An adapter merged into the experts and unloaded: what runs grouped is the merged weights."""
     model = build(LIST)

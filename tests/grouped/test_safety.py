@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, cpu_offload
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_model
 from torch import nn
@@ -73,7 +73,7 @@ def test_enable_and_disable(name: str) -> None:
 
 
 def test_a_forward_that_came_later_is_left_alone() -> None:
-    model = build()
+    model, reference = pair()
     enable_grouped_experts(model)
     block = first_block(model)
     ours = block.forward
@@ -84,10 +84,17 @@ def test_a_forward_that_came_later_is_left_alone() -> None:
         return ours(*args, **kwargs)
 
     block.forward = theirs
-    disable_grouped_experts(model)
+    assert calls_of(model)[1] == blocks(model)
+    seen.clear()
+    assert len(disable_grouped_experts(model)) == blocks(model)
     assert block.forward is theirs
-    before = output(model)
-    assert seen and torch.isfinite(before).all()
+    found, calls = calls_of(model)
+    assert seen and calls == 0 and not lists_share_storage(model), "theirs calls ours, which passes on"
+    assert_close(found, output(reference), **close)
+    block.forward = ours  # as who patched it puts it back
+    assert calls_of(model)[1] == 0
+    assert len(enable_grouped_experts(model).grouped) == blocks(model)
+    assert calls_of(model)[1] == blocks(model)
 
 
 def test_a_forward_that_came_first_is_left_alone() -> None:
@@ -226,7 +233,7 @@ def test_offloaded_experts_run_through_their_hooks() -> None:
     output(model)
     cpu_offload(model, execution_device="cpu")
     report = enable_grouped_experts(model)
-    assert not report.grouped and "meta device" in str(report) or "offloaded" in str(report)
+    assert not report.grouped and ("meta device" in str(report) or "offloaded" in str(report))
     found, calls = calls_of(model)
     assert calls == 0
     assert_close(found, output(reference), **close)
@@ -260,6 +267,26 @@ def test_hooks_that_move_inputs_alone(first: str) -> None:
     assert calls_of(other)[1] == blocks(other)
     disable_grouped_experts(other)
     assert torch.equal(output(other), output(reference))
+
+
+class Doubled(ModelHook):
+    def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+        return output * 2
+
+
+def test_a_hook_in_the_place_of_one_that_moves_inputs() -> None:
+    """As many attributes as before, under the same names."""
+    model, reference = pair()
+    for one in (model, reference):
+        for module in list(one.modules()):
+            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    enable_grouped_experts(model)
+    assert calls_of(model)[1] == blocks(model)
+    for one in (model, reference):
+        add_hook_to_module(expert_linear(one), Doubled())
+    found, calls = calls_of(model)
+    assert calls == blocks(model) - 1
+    assert_close(found, output(reference), **close)
 
 
 def test_experts_on_several_devices() -> None:

@@ -121,3 +121,19 @@ def test_weights_that_cannot_lie_in_one_are_refused() -> None:
     linears[1].float().to("meta")
     with pytest.raises(ValueError, match="meta device"):
         WeightHouse(linears).move_in()
+
+
+@pytest.mark.parametrize("change", ["another parameter", "another dtype", "the same"])
+def test_a_list_that_changed_before_its_graph_was_traced(change: str) -> None:
+    torch._dynamo.reset()
+    experts = [[nn.Linear(8, 4, bias=False).requires_grad_(False)] for _ in range(3)]
+    store = open_modules(experts, (3, 4, 8), "experts")
+    store.frozen()
+    if change == "another parameter":
+        experts[1][0].weight = nn.Parameter(experts[1][0].weight.detach() * 2, requires_grad=False)
+    elif change == "another dtype":
+        for (linear,) in experts:
+            linear.double()
+    found = torch.compile(lambda: store.frozen() * 1, backend="eager", fullgraph=True)()
+    wanted = torch.stack([linear.weight for (linear,) in experts])
+    assert found.dtype == wanted.dtype and torch.equal(found, wanted)
