@@ -14,6 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from . import attached
 from .binding import ReplacedForward, has_own_forward, replaced_forwards
 from .compat import BaseTunerLayer
 from .eligibility import Watch, class_path, reason_against
@@ -51,11 +52,13 @@ class GroupedForward(ReplacedForward):
         self._class_forward = self._looked_at = type(module).forward
         self.enabled = True
         _living.add(self)
+        attached.watch()
         self.install()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         _living.add(self)
+        attached.watch()
 
     # --- is it right? ----------------------------------------------------------------------------------------------
 
@@ -110,7 +113,7 @@ class GroupedForward(ReplacedForward):
         """The experts if they run grouped on this input, else `None`."""
         if torch.compiler.is_compiling():
             # Without Dynamo (`torch.export`) the weights are fake: what was found before holds.
-            runs = not torch.compiler.is_dynamo_compiling() or self._runs_now()
+            runs = not torch.compiler.is_dynamo_compiling() or self._runs_now(attached.state)
             return self.experts if runs and not (self.trains and torch.is_grad_enabled()) else None
         reason = self._reason_now(x)
         if reason is None:
@@ -144,8 +147,8 @@ class GroupedForward(ReplacedForward):
         return self.reason
 
     @torch.compiler.assume_constant_result
-    def _runs_now(self) -> bool:
-        """Whether the experts run grouped, looked at while a graph is traced: a constant of it."""
+    def _runs_now(self, state: str) -> bool:
+        """Whether the experts run grouped, looked at while a graph is traced: a constant until `state` changes."""
         return self._reason_of_experts() is None
 
     # --- the forward -----------------------------------------------------------------------------------------------
@@ -178,6 +181,8 @@ class GroupedForward(ReplacedForward):
             self.experts.release()
         self.experts = self._watch = None
         self.enabled = False
+        if not any(one.enabled for one in _living):
+            attached.rest()
 
 
 def _against_layout(spec: ExpertsSpec) -> str | None:

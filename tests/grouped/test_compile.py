@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from peft_moe import disable_grouped_experts, enable_grouped_experts
+from peft_moe import attached, disable_grouped_experts, enable_grouped_experts
 from tests.grouped.cases import FOUR, calls_of, counted, first_block, inputs, output, pair, with_embeddings
 
 NATIVE = "qwen3_moe"  # the block of remote code does not compile whole
@@ -28,11 +28,11 @@ def experts_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, one) for name, one in model.named_parameters() if ".experts." in name]
 
 
-def adapter(model: nn.Module) -> None:
+def adapter(model: nn.Module) -> PeftModel:
     """Of one expert's linear, or of stacked experts; the modules are changed in place."""
     target = {"target_modules": ["experts.1.gate_proj"]} if FOUR else {"target_parameters": ["experts.gate_up_proj"]}
     torch.manual_seed(1)
-    get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **{"target_modules": [], **target}))
+    return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **{"target_modules": [], **target}))
 
 
 def other_parameters(model: nn.Module) -> None:
@@ -55,7 +55,7 @@ def compiled(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("change", [adapter, other_parameters, other_memory, other_dtype])
-def test_a_change_just_before_compiling(change: Callable[[nn.Module], None]) -> None:
+def test_a_change_just_before_compiling(change: Callable[[nn.Module], object]) -> None:
     model, reference = pair(NATIVE)
     enable_grouped_experts(model)
     before = output(model)
@@ -66,6 +66,26 @@ def test_a_change_just_before_compiling(change: Callable[[nn.Module], None]) -> 
     assert_close(found, expected, **close)
     if change is not other_dtype:
         assert not torch.allclose(expected, before, rtol=1e-3, atol=1e-3), "a change that can be told"
+
+
+def test_an_adapter_that_comes_and_goes_after_compiling() -> None:
+    model, reference = pair(NATIVE)
+    enable_grouped_experts(model)
+    run = torch.compile(model, backend="aot_eager")
+    before = output(reference)
+    assert_close(run(**inputs(model)).logits, before, rtol=1e-5, atol=1e-5)
+    adapted = [adapter(one) for one in (model, reference)]
+    expected = output(reference)
+    assert not torch.allclose(expected, before, rtol=1e-3, atol=1e-3), "a change that can be told"
+    assert_close(run(**inputs(model)).logits, expected, rtol=1e-5, atol=1e-5)
+    for one in adapted:
+        one.unload()
+    assert_close(run(**inputs(model)).logits, before, rtol=1e-5, atol=1e-5)
+    state = attached.state
+    disable_grouped_experts(model)
+    assert attached._hook is None
+    adapter(model)
+    assert attached.state == state
 
 
 def test_weights_unfrozen_just_before_compiling() -> None:
