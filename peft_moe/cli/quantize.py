@@ -55,18 +55,18 @@ def quantize_checkpoint(
     from ..checkpoint.merge import float_dtype
     from ..checkpoint.merge.sidecar import other_files
     from ..checkpoint.merge.writer import copy_file
-    from ..compat import cached_file
+    from ..compat import cached_file, model_class
     from ..quantize import BnbExpertsConfig
 
     if kind not in ("nf4", "fp4", "int8"):
         raise ValueError(f"--type {kind!r} is none of nf4, fp4 and int8")
     if out.exists():
         raise ValueError(f"{out} exists: name a new folder")
-    options: dict[str, Any] = {"load_in_8bit": True} if kind == "int8" else {
+    bits: dict[str, Any] = {"load_in_8bit": True} if kind == "int8" else {
         "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double,
         "experts_blocksize": blocksize,
     }  # fmt: skip
-    config = BnbExpertsConfig(**options, experts_only=experts_only, skip_modules=skip or None)
+    config = BnbExpertsConfig(**bits, experts_only=experts_only, skip_modules=skip or None)
     kept, where = float_dtype(dtype), usable_device(device)
     stated = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     packed = getattr(stated, "quantization_config", None)
@@ -75,9 +75,14 @@ def quantize_checkpoint(
             f"{model} is quantized already ({dict(packed).get('quant_method')!r}): name the checkpoint in 16 bits that "
             "it was made of"
         )
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model, quantization_config=config, dtype=kept, device_map=where, trust_remote_code=trust_remote_code
-    )
+    own_code = not type(stated).__module__.startswith("transformers.")
+    names = () if own_code else stated.architectures or ()
+    named = next((found for found in map(model_class, names) if found is not None), None)
+    options = {"quantization_config": config, "dtype": kept, "device_map": where}
+    if named is not None:  # of a model that sees the causal LM is a part, which would be all that is saved
+        loaded = named.from_pretrained(model, **options)
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code, **options)
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     loaded.save_pretrained(temporary)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import peft_moe
 from tests.checkpoint.merge.cases import assert_same_weights, files_of, write_adapter
+from tests.checkpoint.merge.test_architectures import _llama as see_and_read
 from tests.cli.calls import COMMANDS, call, folder, result  # noqa: F401  # a fixture
 from tests.weights.checkpoints import write_fp8
 from tests.zoo import ENTRIES
@@ -194,6 +195,17 @@ def test_doctor_from_a_folder_of_sources(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (
         "versions were not compared" in shown and "everything that is needed" not in shown and "optional" not in shown
     )
+
+
+def test_quantize_keeps_all_of_a_model_that_sees(tmp_path: Path) -> None:
+    """transformers' causal LM of such a model is its text part alone."""
+    pytest.importorskip("bitsandbytes")
+    base = see_and_read()
+    base.save_pretrained(tmp_path / "base")
+    result("quantize", tmp_path / "base", tmp_path / "out", "--device", "cpu", "--experts-only", "--type", "int8")
+    again = type(base).from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    seen = {name: one for name, one in base.state_dict().items() if "vision" in name}
+    assert seen and all(torch.equal(again.state_dict()[name], one.bfloat16()) for name, one in seen.items())
 
 
 def test_doctor() -> None:

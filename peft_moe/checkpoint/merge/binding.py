@@ -100,7 +100,8 @@ class AdapterFiles:
         for option in _UNLIKE_LORA:
             if getattr(self.config, option, None) and not stock:
                 raise ValueError(
-                    f"{folder}: `{option}` is not merged on disk; load the model and use `merge_and_unload`"
+                    f"{folder}: `{option}` is not merged on disk; load the model and use `merge_and_unload`, "
+                    "where PEFT can merge it"
                 )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
