@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.device import usable_device
 from ..checkpoint.formats import export_adapter, import_adapter
 from ..checkpoint.formats.fuse import same_bits
 from ..checkpoint.merge import bind
@@ -30,6 +31,7 @@ def check_adapter(
     adapter: str, base: str, layers: int, experts: int, device: str, seed: int, trust_remote_code: bool
 ) -> dict[str, Any]:
     """Everything `peft-moe verify` shows. Raises `ValueError` for an adapter that does not fit."""
+    where = usable_device(device)
     source, files = Source(base), AdapterFiles(adapter_folder(adapter))
     stored = open_stored(source, check_readable(quantization_of(source.config), source.folder))
     edits, _ = bind(source, files, stored, trust_remote_code)
@@ -43,10 +45,10 @@ def check_adapter(
     linears = [one for one in all_changes if isinstance(one[2], LinearDelta)]
     for group, parameter, change in _spread(stacks, 2 * layers):
         for expert in _chosen(change, experts, rng):
-            slices.append(_check(group, parameter, change, expert, torch.device(device), source))
+            slices.append(_check(group, parameter, change, expert, where, source))
     for group, parameter, change in [*_spread(listed, 2 * layers * experts), *_spread(linears, layers)]:
-        if not isinstance(change, ExpertsDelta) or change.low_rank(None, torch.device(device)) is not None:
-            slices.append(_check(group, parameter, change, None, torch.device(device), source))
+        if not isinstance(change, ExpertsDelta) or change.low_rank(None, where) is not None:
+            slices.append(_check(group, parameter, change, None, where, source))
     ok_export, export = _export(files.folder, source.folder, trust_remote_code)
     return {
         "ok": ok_export and all(one["ok"] for one in slices),

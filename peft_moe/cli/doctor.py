@@ -26,14 +26,17 @@ def register(app: typer.Typer) -> None:
         if not as_json:
             facts({"python": platform.python_version(), "system": platform.platform()})
             table("Packages", ("package", "installed", "needed"), [
-                (one["name"], one["version"] or "-", one["needed"] or "optional") for one in result["packages"]
+                (one["name"], one["version"] or "-", one["needed"] or ("optional" if result["compared"] else "-"))
+                for one in result["packages"]
             ])  # fmt: skip
             table("Backends", ("device", "dtype", "experts", "why"), [
                 (one["device"], one["dtype"], one["backend"], one["why"]) for one in result["backends"]
             ])  # fmt: skip
             for problem in result["problems"]:
                 facts({"problem": problem})
-            if result["ok"]:
+            if not result["compared"]:
+                facts({"note": "peft-moe is not installed but run from its sources: versions were not compared"})
+            elif result["ok"]:
                 facts({"result": "everything that is needed is there"})
         return result
 
@@ -48,6 +51,7 @@ def diagnose() -> dict[str, Any]:
     ]
     return {
         "ok": not problems,
+        "compared": bool(_needed()),
         "python": platform.python_version(),
         "packages": packages,
         "backends": _backends(),

@@ -112,11 +112,13 @@ def _show_model(found: dict[str, Any]) -> None:
         "of experts": f"{size(found['expert_bytes'])}",
     })  # fmt: skip
     rows = [
-        (one["module"], one["held_as"], one["experts"], one["projection"], "x".join(map(str, one["shape"])),
-         one["orientation"], one["gate"] or "-", "yes" if one["bias"] else "no", ", ".join(one["stored_as"]))
+        (one["module"], one["held_as"], one["in_files"], one["experts"], one["projection"],
+         "x".join(map(str, one["shape"])), one["orientation"], one["gate"] or "-", "yes" if one["bias"] else "no",
+         ", ".join(one["stored_as"]))
         for one in found["experts"]
     ]  # fmt: skip
-    columns = ("module", "held as", "experts", "projection", "out x in", "orientation", "gate", "bias", "stored as")
+    columns = ("module", "held as", "in files", "experts", "projection", "out x in", "orientation", "gate", "bias",
+               "stored as")  # fmt: skip
     table("Experts", columns, rows)
     if found["refused"]:
         facts({name: f"cannot be adapted: {why}" for name, why in found["refused"].items()})

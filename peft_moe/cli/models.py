@@ -35,6 +35,7 @@ def describe_model(path: str, trust_remote_code: bool = False) -> dict[str, Any]
                     "module": name,
                     "class": type(model.get_submodule(name)).__name__,
                     "held_as": "list" if spec.experts else "stack",
+                    "in_files": "one by one" if len(sources) >= spec.num_experts > 1 else "stacked",
                     "experts": spec.num_experts,
                     "projection": projection.name,
                     "shape": [projection.out_features, projection.in_features],

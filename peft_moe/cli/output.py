@@ -22,7 +22,9 @@ CODES = (
     "4 an error inside peft-moe (PEFT_MOE_TRACEBACK=1 shows where); 130 interrupted."
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-out, err = Console(), Console(stderr=True)
+_PIPED = 200  # columns where nobody looks on: rich would break names of modules into pieces at 80
+_terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
+out = Console() if _terminal else Console(width=_PIPED)
 
 
 def example(*lines: str) -> str:
@@ -102,7 +104,7 @@ def facts(pairs: dict[str, Any]) -> None:
     """Print names and values, one a line."""
     width = max(map(len, pairs))
     for name, value in pairs.items():
-        out.print(f"[bold]{name:<{width}}[/bold]  {plain(value)}", highlight=False)
+        out.print(f"[bold]{name:<{width}}[/bold]  {plain(value)}", highlight=False, soft_wrap=True)
 
 
 def size(count: float) -> str:

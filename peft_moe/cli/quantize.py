@@ -30,11 +30,14 @@ def register(app: typer.Typer) -> None:
         skip: Annotated[list[str] | None, typer.Option(help="What stays in 16 bits; may be given again.")] = None,
         dtype: Annotated[str, typer.Option(help="Of what is not quantized: bfloat16, float16, float32.")] = "bfloat16",
         device: Annotated[str | None, typer.Option(help="Where it is quantized; a GPU if there is one.")] = None,
+        trust_remote_code: Annotated[
+            bool, typer.Option("--trust-remote-code", help="Run the model's own code that lies in MODEL.")
+        ] = False,
         as_json: AsJson = False,
     ) -> Any:
         """Quantize a model, its experts included, with bitsandbytes, and save it."""
         result = quantize_checkpoint(
-            model, Path(out), kind, double, blocksize, experts_only, list(skip or ()), dtype, device
+            model, Path(out), kind, double, blocksize, experts_only, list(skip or ()), dtype, device, trust_remote_code
         )
         if not as_json:
             facts({"written": f"{out}: {size(result['bytes'])}, {kind}", "load with": "`import peft_moe` before"})
@@ -43,30 +46,43 @@ def register(app: typer.Typer) -> None:
 
 def quantize_checkpoint(
     model: str, out: Path, kind: str, double: bool, blocksize: int, experts_only: bool, skip: list[str], dtype: str,
-    device: str | None,
+    device: str | None, trust_remote_code: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Load with `BnbExpertsConfig`, save under a temporary name, rename. Raises `ValueError`."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    from ..checkpoint.device import usable_device
+    from ..checkpoint.merge import float_dtype
     from ..checkpoint.merge.sidecar import other_files
     from ..checkpoint.merge.writer import copy_file
-    from ..compat import cached_file
+    from ..compat import cached_file, model_class
     from ..quantize import BnbExpertsConfig
 
     if kind not in ("nf4", "fp4", "int8"):
         raise ValueError(f"--type {kind!r} is none of nf4, fp4 and int8")
     if out.exists():
         raise ValueError(f"{out} exists: name a new folder")
-    options: dict[str, Any] = {"load_in_8bit": True} if kind == "int8" else {
+    bits: dict[str, Any] = {"load_in_8bit": True} if kind == "int8" else {
         "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double,
         "experts_blocksize": blocksize,
     }  # fmt: skip
-    config = BnbExpertsConfig(**options, experts_only=experts_only, skip_modules=skip or None)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model, quantization_config=config, dtype=getattr(torch, dtype), device_map=where
-    )
+    config = BnbExpertsConfig(**bits, experts_only=experts_only, skip_modules=skip or None)
+    kept, where = float_dtype(dtype), usable_device(device)
+    stated = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    packed = getattr(stated, "quantization_config", None)
+    if packed is not None:  # transformers would keep that and pass over what is asked for here
+        raise ValueError(
+            f"{model} is quantized already ({dict(packed).get('quant_method')!r}): name the checkpoint in 16 bits that "
+            "it was made of"
+        )
+    own_code = not type(stated).__module__.startswith("transformers.")
+    names = () if own_code else stated.architectures or ()
+    named = next((found for found in map(model_class, names) if found is not None), None)
+    options = {"quantization_config": config, "dtype": kept, "device_map": where}
+    if named is not None:  # of a model that sees the causal LM is a part, which would be all that is saved
+        loaded = named.from_pretrained(model, **options)
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code, **options)
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     loaded.save_pretrained(temporary)

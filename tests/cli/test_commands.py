@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import peft_moe
 from tests.checkpoint.merge.cases import assert_same_weights, files_of, write_adapter
+from tests.checkpoint.merge.test_architectures import _llama as see_and_read
 from tests.cli.calls import COMMANDS, call, folder, result  # noqa: F401  # a fixture
 from tests.weights.checkpoints import write_fp8
 from tests.zoo import ENTRIES
@@ -67,6 +68,10 @@ def test_merge_requantized(tmp_path: Path) -> None:
         (["merge", "base", "nowhere", "out"], "no adapter found"),
         (["merge", "base", "adapter", "base"], "cannot take the place"),
         (["merge", "base", "adapter", "out", "--dtype", "int4"], "none of bfloat16"),
+        (["merge", "base", "adapter", "out", "--device", "gpu"], "cannot be used here"),
+        (["verify", "adapter", "--base", "base", "--device", "gpu"], "cannot be used here"),
+        (["quantize", "base", "new", "--device", "gpu"], "cannot be used here"),
+        (["quantize", "base", "new", "--dtype", "int4"], "none of bfloat16"),
         (["inspect", "nowhere"], "no adapter found"),
         (["inspect", "."], "neither adapter_config.json nor config.json"),
         (["inspect", "base", "--plot", "x.png"], "is a model"),
@@ -169,6 +174,38 @@ def test_quantize(kind: str, tmp_path: Path) -> None:
     wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, dtype=torch.float32)
     assert_same_weights(again, wanted)
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+def test_what_is_quantized_is_not_quantized_again(tmp_path: Path) -> None:
+    """transformers would keep what is there, and the result would not be what its name says."""
+    pytest.importorskip("bitsandbytes")
+    base = ENTRIES["qwen3_moe"].build()
+    base.save_pretrained(tmp_path / "base")
+    result("quantize", tmp_path / "base", tmp_path / "nf4", "--device", "cpu")
+    found = result("quantize", tmp_path / "nf4", tmp_path / "int8", "--type", "int8", "--device", "cpu", code=3)
+    assert "is quantized already" in found["error"] and not (tmp_path / "int8").exists()
+
+
+def test_doctor_from_a_folder_of_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_moe.cli import doctor
+
+    monkeypatch.setattr(doctor, "requires", lambda name: [])
+    assert result("doctor")["compared"] is False
+    shown = call("doctor").stdout
+    assert (
+        "versions were not compared" in shown and "everything that is needed" not in shown and "optional" not in shown
+    )
+
+
+def test_quantize_keeps_all_of_a_model_that_sees(tmp_path: Path) -> None:
+    """transformers' causal LM of such a model is its text part alone."""
+    pytest.importorskip("bitsandbytes")
+    base = see_and_read()
+    base.save_pretrained(tmp_path / "base")
+    result("quantize", tmp_path / "base", tmp_path / "out", "--device", "cpu", "--experts-only", "--type", "int8")
+    again = type(base).from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    seen = {name: one for name, one in base.state_dict().items() if "vision" in name}
+    assert seen and all(torch.equal(again.state_dict()[name], one.bfloat16()) for name, one in seen.items())
 
 
 def test_doctor() -> None:

@@ -112,6 +112,8 @@ def test_inspect_a_model(name: str, tmp_path: Path) -> None:
     assert found["expert_bytes"] == sum(one.nbytes for one in of_experts.values())
     assert {one["experts"] for one in found["experts"]} == {4}
     orientation, gate = ("in x out", "interleaved") if name == "gpt_oss" else ("out x in", "concatenated")
+    listed = any(".experts.0." in key for key in of_experts)
+    assert {one["in_files"] for one in found["experts"]} == {"one by one" if listed else "stacked"}
     assert {one["orientation"] for one in found["experts"]} == {orientation}
     assert {one["gate"] for one in found["experts"] if one["projection"] == "gate_up_proj"} == {gate}
     assert call("inspect", tmp_path / "base").exit_code == 0

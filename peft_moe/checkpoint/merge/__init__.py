@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ...weights.requantized import SIZEABLE
+from ..device import usable_device
 from .binding import AdapterFiles
 from .edits import Edit, edits_of
 from .names import match_names
@@ -70,10 +71,10 @@ def merge_checkpoint(
         trust_remote_code: run the model's own code that lies in `base_dir`, to know its modules.
 
     Raises `ValueError`, before anything is written, for an adapter tensor that fits nothing, weights that cannot be
-    read, an `out_dir` that holds something else, and a disk without enough space; while writing, for a sum that is not
-    finite.
+    read, an `out_dir` that holds something else, a device that is not there, and a disk without enough space; while
+    writing, for a sum that is not finite.
     """
-    dtype = _dtype(dtype)
+    dtype, where = float_dtype(dtype), usable_device(device)
     if requantize and dtype is not None:
         raise ValueError("`dtype` and `requantize=True` contradict each other: give one of them")
     base, out = Source(base_dir), Path(out_dir)
@@ -84,7 +85,8 @@ def merge_checkpoint(
     stored = open_stored(base, check_readable(quantization_of(base.config), base.folder))
     edits, model = bind(base, adapter, stored, trust_remote_code)
     plan = make_plan(base, stored, edits, dtype, requantize, kept_in_fp32(model))
-    others = list(other_files(base.folder))
+    home = base.folder.resolve()
+    others = [name for name in other_files(base.folder) if not (home / name).is_relative_to(out.resolve())]
     size = sum((base.folder / name).stat().st_size for name in others)
     with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="Merging", disable=not progress) as bar:
         run = Run(
@@ -92,7 +94,7 @@ def merge_checkpoint(
             _fingerprint(base, adapter, dtype, requantize), size, bar.update,
         )  # fmt: skip
         with run.alone():
-            run.write(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+            run.write(where)
             for name in others:
                 copy_file(base.folder / name, out / name)
             if base.index_name is not None:
@@ -110,7 +112,8 @@ def merge_checkpoint(
     return MergeResult(out, len(plan.shards), tensors, len(edits), plan.nbytes, share)
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def float_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype of a name; `None` is `None`. Raises `ValueError` for one that is not of plain floating weights."""
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if found is not None and found in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         return found

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from torch import Tensor
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
 
 from ...config import MoELoraConfig
 from ...config_input import read_config
 from ...layouts import ExpertsSpec, ProjectionSpec, find_experts
 from ...patterns import value_of
 from ...settings import AdapterSettings, keeps_base, nominal_scaling, resolve, scaling_of
-from ...targets import targeted_experts
+from ...targets import is_inside, targeted_experts
 from .. import native
 from ..files import check_adapter_tensors
 from ..tensor_file import TensorFile
@@ -25,6 +26,10 @@ from .deltas import Change, ExpertFactors, ExpertsDelta, LinearDelta, Replaced
 
 _CONVERT = '`peft_moe.import_adapter("{folder}", "<new folder>")`, or `peft-moe convert {folder} <new folder>`'
 _OF_EXPERT = re.compile(r"\.experts\.\d+\.\w+\.lora_")
+_UNLIKE_LORA = (  # what a linear gets is not `scaling * B A`, or not on every token
+    "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "arrow_config", "fan_in_fan_out",
+    "kasa_config", "monteclora_config", "use_bdlora", "use_qalora",
+)  # fmt: skip
 _LINEAR = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.weight)?")
 
 
@@ -92,10 +97,11 @@ class AdapterFiles:
                 f"{folder}: `init_lora_weights={start!r}` may have changed weights of the base before training, which "
                 "is not repeated on disk; load the model and use `merge_and_unload`"
             )
-        for option in ("trainable_token_indices", "layer_replication"):
-            if getattr(self.config, option, None):
+        for option in _UNLIKE_LORA:
+            if getattr(self.config, option, None) and not stock:
                 raise ValueError(
-                    f"{folder}: `{option}` is not merged on disk; load the model and use `merge_and_unload`"
+                    f"{folder}: `{option}` is not merged on disk; load the model and use `merge_and_unload`, "
+                    "where PEFT can merge it"
                 )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -135,6 +141,8 @@ class AdapterFiles:
                 one.instead = new
         _check_used(shapes, used, self.folder)
         native.check_linears(linears, model, self.config, self.name)
+        taken = {one for one, change in changes.items() if isinstance(change, LinearDelta) and change.keys}
+        _check_targets(self.config, {one.removesuffix(".weight") for one in taken}, model, self.name)
         for parameter, change in changes.items():
             _check_value(change, parameter, known[parameter], shapes, self.name)
             if isinstance(change, LinearDelta):
@@ -216,6 +224,32 @@ def _check_used(shapes: dict[str, tuple[int, ...]], used: list[str], folder: Pat
         raise ValueError(
             f"adapter {folder.name!r}: every tensor has to be merged once; {'; '.join(parts)}. {why} Nothing was "
             "written."
+        )
+
+
+def _check_targets(config: Any, found: set[str], model: Any, adapter: str) -> None:
+    """Raise `ValueError` if the linears that have tensors are not those that the config targets.
+
+    Args: found: paths of the modules that have tensors.
+    """
+    if config.target_modules is None or str(config.target_modules).lower() == "all-linear":
+        return  # PEFT fills them in when an adapter is made: only a config written by hand lacks them
+    experts = find_experts(model) if isinstance(config, MoELoraConfig) else {}
+    wanted = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding))
+        and not is_inside(name, experts)
+        and check_target_module_exists(config, name)
+    }
+    missing = sorted(wanted - found)
+    extra = sorted(name for name in found - wanted if not check_target_module_exists(config, name))
+    if missing or extra:
+        parts = [f"missing tensors of {', '.join(missing)}, which it targets"] if missing else []
+        parts += [f"found tensors of {', '.join(extra)}, which it does not target"] if extra else []
+        raise ValueError(
+            f"adapter {adapter!r}: its tensors are not those of its adapter_config.json: {'; '.join(parts)}. Are the "
+            "two files of one adapter? Nothing was written."
         )
 
 

@@ -24,6 +24,7 @@ except ImportError:  # not on this system: whoever starts two merges into one fo
 
 STATE = ".peft_moe_merge.json"
 LOCK = ".peft_moe_merge.lock"
+_BEFORE = (LOCK, f".{STATE}.partial")  # what a run has left that was stopped before its first mark
 _DURABLE = 2**30  # bytes after which a file that is being written is made durable, so that a later run goes on there
 
 
@@ -102,7 +103,7 @@ class Run:
                     "version's. Remove the folder, or name another one."
                 )
             self.partial = found["partial"]
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and any(path.name not in _BEFORE for path in self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty and holds no unfinished merge: name a new folder")
 
     def _check_space(self, others: int) -> None:

@@ -189,6 +189,41 @@ def test_folders_that_hold_something_else(tmp_path: Path) -> None:
     assert files_of(tmp_path) == before | {"out/thesis.tex": b"years of work"}
 
 
+def test_stopped_before_the_first_mark(tmp_path: Path) -> None:
+    """What a run leaves that dies right after it made the folder does not stand in the way of the next."""
+    case("qwen3_moe", tmp_path)
+    (tmp_path / "out").mkdir()
+    for name in (writer.LOCK, f".{writer.STATE}.partial"):
+        (tmp_path / "out" / name).write_text("")
+    merge(tmp_path)
+    assert sorted(files_of(tmp_path / "out")) == sorted(files_of(tmp_path / "base"))
+
+
+def test_a_result_inside_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an interrupted run has written there is not taken for files of the base."""
+    case("qwen3_moe", tmp_path)
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    merge(tmp_path)
+    arguments = (tmp_path / "base", tmp_path / "adapter", tmp_path / "base" / "out")
+
+    def fails(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(writer.Run, "finish", fails)
+        peft_moe.merge_checkpoint(*arguments, progress=False)
+    peft_moe.merge_checkpoint(*arguments, progress=False)
+    assert files_of(arguments[2]) == files_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
+    case("qwen3_moe", tmp_path)
+    with pytest.raises(ValueError, match=f"`device='{device}'` cannot be used here"):
+        merge(tmp_path, device=device)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_full_disk_is_said_before_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case("qwen3_moe", tmp_path)
     usage = shutil.disk_usage(tmp_path)

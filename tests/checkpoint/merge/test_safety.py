@@ -173,3 +173,39 @@ def test_experts_that_only_look_like_the_expected_ones(old: str, new: str, tmp_p
     tensors[key.replace(old, new)] = tensors.pop(key)
     save_file(tensors, path, metadata={"format": "pt"})
     refused(tmp_path, "experts")
+
+
+@pytest.mark.parametrize("damage", ["a linear less", "a linear more"])
+def test_linears_that_the_config_does_not_target(damage: str, tmp_path: Path) -> None:
+    """A whole pair too few is an adapter that does less, one too many is of another adapter."""
+    case("qwen3_moe", tmp_path, target_modules=["q_proj", "o_proj"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    start = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    pair = {key: value for key, value in tensors.items() if key.startswith(start)}
+    assert len(pair) == 2
+    if damage == "a linear less":
+        tensors = {key: value for key, value in tensors.items() if key not in pair}
+        said = "missing tensors of model.layers.0.self_attn.q_proj, which it targets"
+    else:
+        config = json.loads(path.with_name("adapter_config.json").read_text()) | {"exclude_modules": ["q_proj"]}
+        path.with_name("adapter_config.json").write_text(json.dumps(config))
+        said = "found tensors of model.layers.0.self_attn.q_proj, .*which it does not target"
+    save_file(tensors, path, metadata={"format": "pt"})
+    refused(tmp_path, said)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("alora_invocation_tokens", [1, 2]),
+        ("use_qalora", True),
+        ("fan_in_fan_out", True),
+        ("layer_replication", [[0, 1]]),
+    ],
+)
+def test_linears_whose_change_is_not_that_of_lora(option: str, value: Any, tmp_path: Path) -> None:
+    case("qwen3_moe", tmp_path, target_experts=[])
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "LORA", option: value}))
+    refused(tmp_path, f"`{option}` is not merged on disk")
