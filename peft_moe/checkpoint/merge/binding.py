@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
+from ...compat import check_target_module_exists
 from ...config import MoELoraConfig
 from ...config_input import read_config
 from ...layouts import ExpertsSpec, ProjectionSpec, find_experts
