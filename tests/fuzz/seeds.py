@@ -15,9 +15,12 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from peft_moe import MoELoraConfig, export_adapter
+from peft_moe.compat import transformers_major
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Of transformers 4 "all-linear" takes in the router, on which SGLang serves no adapter.
+_ALL = "all-linear" if transformers_major() >= 5 else ["q_proj", "k_proj", "v_proj", "o_proj"]
 _ATTENTION = ["q_proj", "o_proj"]
 
 STOCK = ("stock", "stock experts")  # of PEFT's own type
@@ -26,7 +29,7 @@ NOTED = ("stock experts", *SERVED)  # with a note of what they were
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": _ATTENTION},
     "ragged": {"target_modules": [], "use_rslora": True, "expert_rank_pattern": {r"experts\.1": 3, r".*\.2": 1}},
-    "some": {"target_modules": "all-linear", "split_gate_up": True, "expert_indices": [0, 2], "expert_alpha": 3},
+    "some": {"target_modules": _ALL, "split_gate_up": True, "expert_indices": [0, 2], "expert_alpha": 3},
     "shared": {"target_modules": ["q_proj"], "share_experts": "outer", "rank_pattern": {"q_proj": 3}},
     "dora": {"target_modules": _ATTENTION, "use_dora": True, "modules_to_save": ["lm_head"]},
     "patterns": {"target_modules": r".*\.(q|v)_proj", "alpha_pattern": {"v_proj": 5}, "expert_r": 1,
