@@ -99,11 +99,8 @@ def check_types(cls: Any, values: Mapping[str, Any], where: Any = None) -> None:
             continue
         value = values[name]
         if name in _PAIRS and isinstance(value, list):
-            value = (
-                dict(value)
-                if all(isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) for one in value)
-                else value
-            )
+            if all(isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) for one in value):
+                value = dict(value)
         kind = float if name in _FLOATS else kind
         if not _fits(value, kind):
             place = cls.__name__ if where is None else where

@@ -243,18 +243,11 @@ class MoELoraLayer(nn.Module, LoraLayer, forward.RunsExperts):
 
     def run_experts(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """See `RunsExperts.run_experts`. Raises `ValueError` where weights or adapters lie on another device than x."""
-        if not placement.is_on(self, x.device):
-            if placement.is_offloaded(self):
-                return placement.run_onloaded(self, super().run_experts, x, *args, **kwargs)
-            placement.check(self, x.device)
-        return super().run_experts(x, *args, **kwargs)
+        return placement.run(self, super().run_experts, x, *args, **kwargs)
 
     def run_projection(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """See `RunsExperts.run_projection`."""
-        if placement.is_offloaded(self):
-            return placement.run_onloaded(self, super().run_projection, rows, offsets)
-        placement.check(self, rows.device)
-        return super().run_projection(rows, offsets)
+        """See `RunsExperts.run_projection` and `run_experts`."""
+        return placement.run(self, super().run_projection, rows, offsets)
 
     def expert_bias(self, projection: ProjectionSpec, expert: int, rows: slice) -> Tensor | None:
         """The bias of the linear of one expert that computes the given rows."""

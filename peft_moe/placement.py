@@ -27,9 +27,21 @@ def _factors(layer: MoELoraLayer) -> list[nn.Parameter]:
     return [factor for child in layer.projections.values() for factor in child.factors()]
 
 
-def is_on(layer: MoELoraLayer, device: torch.device) -> bool:
-    """Whether all weights and adapters of a layer lie on a device."""
-    if any(factor.device != device for factor in _factors(layer)):
+def run(layer: MoELoraLayer, forward: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`forward(x, *args, **kwargs)` where weights and adapters lie where x does, or once hooks have brought them there.
+
+    Raises `ValueError` where they lie on another device: see `run_onloaded` and `check`.
+    """
+    if not _is_on(layer, x.device):
+        if is_offloaded(layer):
+            return run_onloaded(layer, forward, x, *args, **kwargs)
+        check(layer, x.device)
+    return forward(x, *args, **kwargs)
+
+
+def _is_on(layer: MoELoraLayer, device: torch.device) -> bool:
+    """Whether all weights and adapters of a layer lie on a device that holds values."""
+    if device.type == "meta" or any(factor.device != device for factor in _factors(layer)):
         return False
     return all(store.device == device for store in layer.stores.values())
 
