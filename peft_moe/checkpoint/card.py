@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+from pathlib import Path
 from typing import Any
+
+from .durable import write_file
 
 HEADING = "## How to load this adapter"
 
@@ -14,19 +16,10 @@ def add_loading_section(directory: str, config: Any) -> None:
 
     Args: config: the adapter's `MoELoraConfig`.
     """
-    path = os.path.join(directory, "README.md")
-    text = ""
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    if HEADING in text:
-        return
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(f"{text.rstrip()}\n\n{_section(config)}".lstrip("\n"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    path = Path(directory) / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if HEADING not in text:
+        write_file(path, f"{text.rstrip()}\n\n{_section(config)}".lstrip("\n").encode())
 
 
 def exported_card(config: Any, name: str, consumer: str, converted: Any) -> str:

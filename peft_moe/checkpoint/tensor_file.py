@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,13 +61,3 @@ class TensorFile:
                     raise ValueError(f"{self.path}: {key} ends {left} bytes early: the file was cut")
                 left -= len(found)
                 yield found
-
-
-def sync_directory(path: str | Path) -> None:
-    """Make renames in a directory durable, where the system can."""
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -52,9 +52,9 @@ def quantize_checkpoint(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ..checkpoint.device import usable_device
+    from ..checkpoint.durable import copy_file
     from ..checkpoint.merge import float_dtype
     from ..checkpoint.merge.sidecar import other_files
-    from ..checkpoint.merge.writer import copy_file
     from ..compat import cached_file, model_class
     from ..quantize import BnbExpertsConfig
 

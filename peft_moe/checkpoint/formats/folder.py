@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ..merge.writer import header_of, write_file
-from ..tensor_file import sync_directory
+from ..durable import sync_directory, write_file
+from ..merge.writer import header_of
 from .plan import Converted, Planned
 
 

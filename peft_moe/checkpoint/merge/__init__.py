@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ...weights.requantized import SIZEABLE
 from ..device import usable_device
+from ..durable import copy_file, write_file
 from .binding import AdapterFiles
 from .edits import Edit, edits_of
 from .names import match_names
@@ -20,7 +21,7 @@ from .sidecar import config_of, index_of, other_files
 from .skeleton import aliases_of, kept_in_fp32, skeletons
 from .source import Source, adapter_folder
 from .stored import Stored, open_stored
-from .writer import Run, copy_file, fingerprint, write_file
+from .writer import Run, fingerprint
 
 __all__ = ["MergeResult", "bind", "merge_checkpoint"]
 logger = logging.getLogger("peft_moe")

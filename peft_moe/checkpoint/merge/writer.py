@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..tensor_file import sync_directory
+from ..durable import sync_directory, write_file
 from .plan import Plan
 from .produce import Output
 
@@ -26,28 +26,6 @@ STATE = ".peft_moe_merge.json"
 LOCK = ".peft_moe_merge.lock"
 _BEFORE = (LOCK, f".{STATE}.partial")  # what a run has left that was stopped before its first mark
 _DURABLE = 2**30  # bytes after which a file that is being written is made durable, so that a later run goes on there
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """A file, complete or absent."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """A copy of a file, complete or absent."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.partial")
-    shutil.copyfile(source, temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
-    sync_directory(target.parent)
 
 
 def header_of(outputs: list[Output], metadata: Mapping[str, str]) -> bytes:
