@@ -96,10 +96,14 @@ def main() -> None:
               f"down {time_of(lambda f=down_factors: outer(*f, weights, order, offsets)):.3f}  "
               f"torch d_pre {time_of(lambda: grouped_mm(d_pre.t(), low, offs=offsets)):.3f}")  # fmt: skip
         full = normal(tokens * top_k, width)
-        dtype, silu = torch.bfloat16, SILU_GATED
-        print(f"T={tokens:6d} rowwise   silu {time_of(lambda: gated(silu, pre)):.3f}  "
-              f"silu backward {time_of(lambda: gated_backward(silu, pre, rows, weights, order, offsets, d_pre)):.3f}  "
-              f"combine {time_of(lambda: combine(full, routing.inverse, weights, offsets, top_k, dtype)):.3f}  "
+        silu, up_b_t = SILU_GATED, up_b.mT
+
+        def backward() -> object:
+            return gated_backward(silu, pre, rows, weights, order, offsets, d_pre, up_b_t, 1.0)
+
+        print(f"T={tokens:6d} rowwise   with LoRA: silu {time_of(lambda: gated(silu, pre, down_a, 1.0, offsets)):.3f}  "
+              f"silu backward {time_of(backward):.3f}  "
+              f"combine {time_of(lambda: combine(full, routing.inverse, weights, offsets, top_k, grad)):.3f}  "
               f"route {time_of(lambda: sort_rows(index, experts, False)):.3f}  "
               f"torch route {time_of(lambda: route(index, experts, False)):.3f}", flush=True)  # fmt: skip
 

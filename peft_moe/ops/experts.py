@@ -14,6 +14,9 @@ the backward with B, and is left out here), w the routing weight of a row:
 No dense delta of a weight and no weight gradient is ever formed. Kept for backward: the ungathered x (T, H), the
 routing, G (S, N) and the two low-rank products (S, R); the gathered X and h are rebuilt. Where the graph is not kept
 for another backward, dG takes the place of G.
+
+The second projection comes after everything is saved, outside the function. A layer under gradient checkpointing is
+recomputed up to the last saved tensor (`torch.utils.checkpoint`, early stop), so its second projection runs once.
 """
 
 from __future__ import annotations
@@ -79,26 +82,20 @@ class _ExpertMLP(torch.autograd.Function):
         activation: Activation,
         backend: str,
         dtype: torch.dtype,
+        halfway: list[tuple[Tensor, Tensor | None]] | None,
     ) -> Tensor:
         run = pieces_of(backend)
         routing = Routing(order, source, inverse, experts, offsets, weights.shape[1], valid)
-        rows = run.gather(x, source)
-        pre, up_low = run.project(
-            rows, run.operand(up_weight, len(source), False), up_a, up_b, up_scale, up_bias, routing, backend
-        )
-        hidden = run.activate_rows(activation, pre)
-        out, down_low = run.project(
-            (hidden, None),
-            run.operand(down_weight, len(source), False),
-            down_a,
-            down_b,
-            down_scale,
-            down_bias,
-            routing,
-            backend,
-        )
-        del hidden
-        out = run.combine(out, weights, routing, dtype)
+        stack = run.operand(up_weight, len(source), False)
+        pre, up_low = run.project(run.gather(x, source), stack, up_a, up_b, up_scale, None, up_bias, routing, backend)
+        del stack
+        hidden, down_low = run.activate_rows(activation, pre, down_a, down_scale, routing, backend)
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        if halfway is None:
+            down = Projection(down_weight, down_bias, down_a, down_b)
+            _finish([(hidden, down_low)], down, weights, routing, backend, out)
+        else:
+            halfway.append((hidden, down_low))
 
         ctx.backend, ctx.activation = backend, activation
         ctx.up_scale, ctx.down_scale = up_scale, down_scale
@@ -129,11 +126,12 @@ class _ExpertMLP(torch.autograd.Function):
         down_weight = run.operand(down_weight if ctx.down_stack is None else ctx.down_stack, len(source), True)
         # The transposed projection: B takes the place of A, A that of B.
         d_hidden, d_down_low = run.project(
-            d_rows, down_weight, _mT(down_b), _mT(down_a), ctx.down_scale, None, routing, backend
+            d_rows, down_weight, _mT(down_b), _mT(down_a), ctx.down_scale, None, None, routing, backend
         )
         del down_weight
-        d_pre, dots, hidden = run.activate_rows_backward(
-            ctx.activation, pre, d_hidden, weights, routing, may_overwrite_saved()
+        back_b = _mT(up_b) if need_x or need_up else None
+        d_pre, d_up_low, dots, hidden = run.activate_rows_backward(
+            ctx.activation, pre, d_hidden, weights, back_b, ctx.up_scale, routing, backend, may_overwrite_saved()
         )
         del pre, d_hidden
         d_down_a: Tensor | None = None
@@ -154,8 +152,8 @@ class _ExpertMLP(torch.autograd.Function):
             d_weights = dots.view(weights.shape).to(weights.dtype)
         if need_x or need_up:
             up_weight = run.operand(up_weight if ctx.up_stack is None else ctx.up_stack, len(source), True)
-            d_gathered, d_up_low = run.project(
-                (d_pre, None), up_weight, _mT(up_b), _mT(up_a), ctx.up_scale, None, routing, backend
+            d_gathered, _ = run.project(
+                (d_pre, None), up_weight, None, _mT(up_a), 1.0, d_up_low, None, routing, backend
             )
             del up_weight
             if need_up:
@@ -164,11 +162,29 @@ class _ExpertMLP(torch.autograd.Function):
                 del rows
             del d_pre
             if need_x:
-                d_x = run.combine(d_gathered, None, routing, x.dtype)
+                d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+                run.combine(d_gathered, None, routing, d_x)
         return (
             d_x, d_weights, None, None, d_up_a, d_up_b, None, None, None, d_down_a, d_down_b, None,
-            None, None, None, None, None, None, None, None, None,
+            None, None, None, None, None, None, None, None, None, None,
         )  # fmt: skip
+
+
+def _finish(
+    halfway: list[tuple[Tensor, Tensor | None]],
+    down: Projection,
+    weights: Tensor,
+    routing: Routing,
+    backend: str,
+    out: Tensor,
+) -> None:
+    """The second projection and the weighted sum, into out; takes hidden and its low-rank product from `halfway`."""
+    run = pieces_of(backend)
+    hidden, low = halfway.pop()
+    weight = run.operand(down.weight, hidden.shape[0], False)
+    rows, _ = run.project((hidden, None), weight, None, down.b, 1.0, low, down.bias, routing, backend)
+    del hidden, weight
+    run.combine(rows, weights, routing, out)
 
 
 def _mT(factor: Tensor | None) -> Tensor | None:
@@ -194,7 +210,12 @@ def expert_mlp(
 
     Returns: `(T, H)`. Differentiable in x, weights and the adapters, never in the frozen tensors.
     """
-    return _ExpertMLP.apply(
+    halfway: list[tuple[Tensor, Tensor | None]] | None = None if torch.compiler.is_compiling() else []
+    out = _ExpertMLP.apply(
         x, weights, *up, *down, routing.order, routing.source, routing.inverse, routing.experts, routing.offsets,
-        routing.valid, activation, backend, dtype,
+        routing.valid, activation, backend, dtype, halfway,
     )  # fmt: skip
+    if halfway:
+        with torch.no_grad():
+            _finish(halfway, down, weights, routing, backend, out)
+    return out

@@ -52,39 +52,64 @@ def project(
     a: Tensor | None,
     b: Tensor | None,
     scale: float,
+    low: Tensor | None,
     bias: Tensor | None,
     routing: Routing,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """`W x + B low + bias` of each row, and the low-rank product `low = scale A x`.
+    """`W x + B low + bias` of each row, and the low-rank product `low = scale A x` where it is not given.
 
     Args: weight `(E, N, K)`, a `(E, R, K)`, b `(E, N, R)`, bias `(E, N)`; any strides. Returns `(S, N)`, `(S, R)`.
     """
     x, offsets = rows[0], routing.offsets
     out = grouped_mm(x, weight.mT, offsets, backend)
-    low = None
-    if a is not None and b is not None:
-        low = grouped_mm(x, a.mT, offsets, backend)
-        low = low if scale == 1.0 else low * scale
+    low = _low_rank(x, a, scale, routing, backend) if low is None else low
+    if low is not None and b is not None:
         out = out + grouped_mm(low, b.mT, offsets, backend)
     return (out if bias is None else out + bias[routing.experts]), low
 
 
-def activate_rows(activation: Activation, pre: Tensor) -> Tensor:
-    """`(S, N)` -> `(S, I)`."""
-    return activate(activation, pre)
+def _low_rank(x: Tensor, a: Tensor | None, scale: float, routing: Routing, backend: str) -> Tensor | None:
+    if a is None:
+        return None
+    low = grouped_mm(x, a.mT, routing.offsets, backend)
+    return low if scale == 1.0 else low * scale
+
+
+def activate_rows(
+    activation: Activation, pre: Tensor, a: Tensor | None, scale: float, routing: Routing, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """The activation, `(S, N)` -> `(S, I)`, and `low = scale A hidden` `(S, R)` of the projection after it."""
+    hidden = activate(activation, pre)
+    return hidden, _low_rank(hidden, a, scale, routing, backend)
 
 
 def activate_rows_backward(
-    activation: Activation, pre: Tensor, d_hidden: Tensor, weights: Tensor, routing: Routing, overwrite: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    activation: Activation,
+    pre: Tensor,
+    d_hidden: Tensor,
+    weights: Tensor,
+    b: Tensor | None,
+    scale: float,
+    routing: Routing,
+    backend: str,
+    overwrite: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Backward of the activation and of the routing weight.
 
-    Args: pre `(S, N)`, d_hidden `(S, I)` before weighting, both sorted. weights `(T, k)`. overwrite: pre may be
-        written into; d_hidden always may.
-    Returns: d_pre `(S, N)`; rowdot(hidden, d_hidden) `(S,)` in fp32, in the order of weights, zero for rows of no
-        expert; hidden `(S, I)`.
+    Args: pre `(S, N)`, d_hidden `(S, I)` before weighting, both sorted. weights `(T, k)`. b: `(E, R, N)`, B of the
+        projection before, transposed, or `None`. overwrite: pre may be written into; d_hidden always may.
+    Returns: d_pre `(S, N)`; `scale b d_pre` `(S, R)`; rowdot(hidden, d_hidden) `(S,)` in fp32, in the order of
+        weights, zero for rows of no expert; hidden `(S, I)`.
     """
+    d_pre, dots, hidden = activation_gradients(activation, pre, d_hidden, weights, routing)
+    return d_pre, _low_rank(d_pre, b, scale, routing, backend), dots, hidden
+
+
+def activation_gradients(
+    activation: Activation, pre: Tensor, d_hidden: Tensor, weights: Tensor, routing: Routing
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_pre, the row dots and hidden, see `activate_rows_backward`."""
     hidden = activate(activation, pre)
     dots = (hidden * d_hidden).sum(dim=-1, dtype=torch.promote_types(pre.dtype, torch.float32))
     weighted = (d_hidden * _sorted(weights, routing)).to(pre.dtype)
@@ -114,12 +139,10 @@ def factor_gradients(
     return of_a, grouped_outer(d_out[0], low, routing.offsets, backend)
 
 
-def combine(rows: Tensor, weights: Tensor | None, routing: Routing, dtype: torch.dtype) -> Tensor:
-    """`out[t] = sum_k w[t, k] rows`, of rows sorted by expert: `(S, H)` -> `(T, H)` in `dtype`.
+def combine(rows: Tensor, weights: Tensor | None, routing: Routing, out: Tensor) -> None:
+    """`out[t] = sum_k w[t, k] rows`, of rows sorted by expert: `(S, H)` into out `(T, H)`.
 
     Args: weights `(T, k)` or `None` for ones; the product is taken in the promoted dtype.
     """
-    top_k = routing.top_k
-    flat = mask_rows(rows, routing.valid)[routing.inverse]
-    flat = flat.view(routing.inverse.shape[0] // top_k, top_k, rows.shape[1])
-    return (flat if weights is None else flat * weights.unsqueeze(-1)).sum(dim=1).to(dtype)
+    flat = mask_rows(rows, routing.valid)[routing.inverse].view(out.shape[0], routing.top_k, out.shape[1])
+    out.copy_((flat if weights is None else flat * weights.unsqueeze(-1)).sum(dim=1))

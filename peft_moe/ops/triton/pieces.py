@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from .. import pieces as plain
-from ..activation import Activation, GatedSwish
+from ..activation import Activation, GatedSwish, activate
 from ..linear import FrozenStack
 from ..routing import Routing
 from ..scaled import CodedStack, ScaledStack
 from . import rowwise
 from .outer import Factor, outer
 from .probe import rows_on_codes
-from .project import multiplies
+from .project import low_rank, multiplies
 from .project import project as _project
 from .routing import route as _route
 
@@ -71,31 +71,46 @@ def project(
     a: Tensor | None,
     b: Tensor | None,
     scale: float,
+    low: Tensor | None,
     bias: Tensor | None,
     routing: Routing,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """One kernel or two: gather, base product, LoRA A, LoRA B, bias."""
     bias = None if bias is None else bias.contiguous()
-    return _project(rows[0], rows[1], weight, a, b, scale, bias, routing.offsets)
+    return _project(rows[0], rows[1], weight, a, b, scale, bias, routing.offsets, low=low)
 
 
-def activate_rows(activation: Activation, pre: Tensor) -> Tensor:
-    """One pass for a gated swish."""
+def activate_rows(
+    activation: Activation, pre: Tensor, a: Tensor | None, scale: float, routing: Routing, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """One pass for a gated swish, LoRA A inside."""
     if isinstance(activation, GatedSwish):
-        return rowwise.gated(activation, pre)
-    return plain.activate_rows(activation, pre)
+        return rowwise.gated(activation, pre, a, scale, routing.offsets)
+    hidden = activate(activation, pre)
+    return hidden, None if a is None else low_rank(hidden, a, scale, routing.offsets)
 
 
 def activate_rows_backward(
-    activation: Activation, pre: Tensor, d_hidden: Tensor, weights: Tensor, routing: Routing, overwrite: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass for a gated swish, in place."""
+    activation: Activation,
+    pre: Tensor,
+    d_hidden: Tensor,
+    weights: Tensor,
+    b: Tensor | None,
+    scale: float,
+    routing: Routing,
+    backend: str,
+    overwrite: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """One pass for a gated swish, in place, LoRA B inside."""
     if not isinstance(activation, GatedSwish):
-        return plain.activate_rows_backward(activation, pre, d_hidden, weights, routing, overwrite)
+        d_pre, dots, hidden = plain.activation_gradients(activation, pre, d_hidden, weights, routing)
+        return d_pre, None if b is None else low_rank(d_pre, b, scale, routing.offsets), dots, hidden
     weights, d_pre = weights.contiguous(), pre if overwrite else torch.empty_like(pre)
-    dots = rowwise.gated_backward(activation, pre, d_hidden, weights, routing.order, routing.offsets, d_pre)
-    return d_pre, dots, d_hidden
+    dots, low = rowwise.gated_backward(
+        activation, pre, d_hidden, weights, routing.order, routing.offsets, d_pre, b, scale
+    )
+    return d_pre, low, dots, d_hidden
 
 
 def factor_gradients(
@@ -107,7 +122,7 @@ def factor_gradients(
     return outer(of_a, of_b, weights, routing.order, routing.offsets)
 
 
-def combine(rows: Tensor, weights: Tensor | None, routing: Routing, dtype: torch.dtype) -> Tensor:
+def combine(rows: Tensor, weights: Tensor | None, routing: Routing, out: Tensor) -> None:
     """One pass; rows of no expert count as zero."""
     weights = None if weights is None else weights.contiguous()
-    return rowwise.combine(rows, routing.inverse, weights, routing.offsets, routing.top_k, dtype)
+    rowwise.combine(rows, routing.inverse, weights, routing.offsets, routing.top_k, out)

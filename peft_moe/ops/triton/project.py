@@ -22,7 +22,7 @@ from ..scaled import ScaledStack
 from .dequantize import runs_on
 from .launch import launch
 from .project_tma import project_tma, takes
-from .tiles import find_tile
+from .tiles import find_tile, row_tiles
 
 
 @triton.jit
@@ -190,6 +190,7 @@ def project(
     bias: Tensor | None,
     offsets: Tensor,
     tiles: dict[str, int] | None = None,
+    low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Rows through their expert's projection.
 
@@ -200,18 +201,24 @@ def project(
         scale: of the low-rank product. bias: contiguous `(E, N)` or `None`.
         offsets: `(E,)` int32 ends of the experts' rows.
         tiles: sizes to use instead of the default ones.
+        low: contiguous `(S, R)` where it is known; A is not looked at then.
 
     Returns: out `(S, N)` and low `(S, R)` in the dtype of x; rows past `offsets[-1]` are not written.
     """
     rows = x.shape[0] if source is None else source.shape[0]
-    low = None
-    if a is not None and rows > FEW_ROWS * weight.shape[0]:
-        low = _launch(x, source, a, None, None, scale, None, None, offsets, None, scale_out=True)[0]
+    if low is not None:
         a = None
+    elif a is not None and rows > FEW_ROWS * weight.shape[0]:
+        low, a = low_rank(x, a, scale, offsets, source), None
     many = tiles is None and a is None and rows > MANY_ROWS * weight.shape[0]
     if many and isinstance(weight, Tensor) and takes(x, weight):
         return project_tma(x, source, weight, b, low, bias, offsets), low
     return _launch(x, source, weight, a, b, scale, low, bias, offsets, tiles, scale_out=False)
+
+
+def low_rank(x: Tensor, a: Tensor, scale: float, offsets: Tensor, source: Tensor | None = None) -> Tensor:
+    """`scale A x` `(S, R)` alone; arguments as those of `project`."""
+    return _launch(x, source, a, None, None, scale, None, None, offsets, None, scale_out=True)[0]
 
 
 def _launch(
@@ -240,8 +247,7 @@ def _launch(
     if rows == 0:
         return out, low
     chosen = tiles or _tiles(rows, experts, n_size, x.device, scales is not None)
-    row_tiles = rows // chosen["ROWS"] + min(experts, rows)
-    grid = (row_tiles * -(-n_size // chosen["COLUMNS"]),)
+    grid = (row_tiles(rows, experts, chosen["ROWS"]) * -(-n_size // chosen["COLUMNS"]),)
     a_strides = (0, 0, 0) if a is None else a.stride()
     b_strides = (0, 0, 0) if b is None else b.stride()
     launch(

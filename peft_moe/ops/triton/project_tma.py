@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
-from .tiles import find_tile
+from .tiles import find_tile, row_tiles
 
 _TILES = {"ROWS": 128, "COLUMNS": 256, "STEP": 64, "num_warps": 8, "num_stages": 3}
 
@@ -150,7 +150,7 @@ def project_tma(
     if source is None:
         x_tiles = TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [height, step])
         x_halves = TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [height // 2, step])
-    tiles = (rows // height + min(experts, rows)) * -(-n_size // columns)
+    tiles = row_tiles(rows, experts, height) * -(-n_size // columns)
     launch(
         _project_tma_kernel, (min(tiles, _programs(x.device)),),
         (x, x_tiles, x_halves, source, w_tiles, b, bias, low, offsets, out, n_size, k_size, tiles, x.stride(0),

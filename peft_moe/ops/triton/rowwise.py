@@ -1,6 +1,13 @@
-"""The passes over rows between the products: gated swish and its backward, and the weighted sum over the experts."""
+"""The passes over rows between the products: gated swish and its backward, and the weighted sum over the experts.
+
+What a gated swish gives goes straight into the next low-rank product: `low[m] = scale A[e] hidden[m]`, and in the
+backward with B of the first projection in the place of A. A program takes a few rows of one expert, so that it reads A
+once for all of them.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -9,103 +16,186 @@ from torch import Tensor
 
 from ..activation import GatedSwish
 from .launch import launch
+from .tiles import find_tile, row_tiles
 
 
 @triton.jit
-def _gate_and_up(pre, row, column, mask, inner, INTERLEAVED: tl.constexpr):
-    """Both in fp32, and where they lie."""
-    at = pre + row * 2 * inner + (2 * column if INTERLEAVED else column)
-    apart = 1 if INTERLEAVED else inner
+def _gate_and_up(pre, rows, columns, mask, inner, INTERLEAVED: tl.constexpr):
+    """Both in fp32."""
+    at = pre + rows * 2 * inner + (2 * columns if INTERLEAVED else columns)
     gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(at + apart, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(at + (1 if INTERLEAVED else inner), mask=mask, other=0.0).to(tl.float32)
     return gate, up
 
 
 @triton.jit
+def _times_factor(
+    rows, a, expert, columns, inside, total, a_expert, a_r, a_k, RANK: tl.constexpr, PRECISION: tl.constexpr
+):
+    """`total + rows Aᵀ` for some columns of A `(R, K)` of an expert."""
+    a_at = a + expert.to(tl.int64) * a_expert + tl.arange(0, RANK)[None, :] * a_r + columns[:, None] * a_k
+    return tl.dot(rows, tl.load(a_at, mask=inside[:, None], other=0.0), total, input_precision=PRECISION)
+
+
+@triton.jit
 def _gated_kernel(
-    pre, hidden, inner,
-    ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
+    pre, hidden, a, low, offsets, scale, inner, a_expert, a_r, a_k,
+    experts: tl.constexpr, EXPERTS: tl.constexpr,
+    ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HAS_A: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < inner
-    gate, up = _gate_and_up(pre, row, column, mask, inner, INTERLEAVED)
-    if LIMIT > 0:
-        gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-    value = gate * tl.sigmoid(ALPHA * gate) * (up + SHIFT)
-    tl.store(hidden + row * inner + column, value.to(hidden.dtype.element_ty), mask=mask)
+    expert, start, end = find_tile(offsets, tl.program_id(0), experts, EXPERTS, ROWS)
+    if expert < experts:
+        row = start + tl.arange(0, ROWS)
+        inside_rows = (row < end)[:, None]
+        row = row.to(tl.int64)[:, None]
+        total = tl.zeros((ROWS, RANK), dtype=tl.float32)
+        for first in range(0, inner, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            inside = column < inner
+            mask = inside_rows & inside[None, :]
+            gate, up = _gate_and_up(pre, row, column[None, :], mask, inner, INTERLEAVED)
+            if LIMIT > 0:
+                gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+            value = (gate * tl.sigmoid(ALPHA * gate) * (up + SHIFT)).to(hidden.dtype.element_ty)
+            tl.store(hidden + row * inner + column[None, :], value, mask=mask)
+            if HAS_A:
+                total = _times_factor(value, a, expert, column, inside, total, a_expert, a_r, a_k, RANK, PRECISION)
+        if HAS_A:
+            low_at = low + row * RANK + tl.arange(0, RANK)[None, :]
+            tl.store(low_at, (total * scale).to(low.dtype.element_ty), mask=inside_rows)
 
 
-def _constants(form: GatedSwish, inner: int) -> dict[str, float | int | bool]:
-    block = min(1024, 1 << (inner - 1).bit_length())
+def _constants(form: GatedSwish, experts: int, a: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
     return {
+        "experts": experts, "EXPERTS": 1 << (experts - 1).bit_length(),
         "ALPHA": form.alpha, "SHIFT": form.shift, "LIMIT": form.limit or 0.0, "INTERLEAVED": form.interleaved,
-        "BLOCK": block,
+        "HAS_A": a is not None, "RANK": 16 if a is None else a.shape[1],
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }  # fmt: skip
 
 
-def gated(form: GatedSwish, pre: Tensor) -> Tensor:
-    """`(S, 2I)` -> `(S, I)`, in fp32 and rounded once."""
+_FORWARD = {"ROWS": 16, "BLOCK": 128, "num_warps": 4, "num_stages": 2}
+_BACKWARD = {"ROWS": 16, "BLOCK": 128, "num_warps": 4, "num_stages": 1}
+
+
+def _empty_low(rows: int, a: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if a is None else torch.empty(rows, a.shape[1], dtype=like.dtype, device=like.device)
+
+
+def gated(
+    form: GatedSwish, pre: Tensor, a: Tensor | None, scale: float, offsets: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """A gated swish in fp32, rounded once, and its product with A.
+
+    Args: pre `(S, 2I)` sorted by expert. a: `(E, R, I)`, any strides, R a power of two >= 16, or `None`.
+        scale: of that product. offsets: `(E,)` int32 ends of the experts' rows.
+    Returns: hidden `(S, I)` and low `(S, R)`; rows past `offsets[-1]` are not written.
+    """
     rows, inner = pre.shape[0], pre.shape[1] // 2
     hidden = torch.empty(rows, inner, dtype=pre.dtype, device=pre.device)
+    low = _empty_low(rows, a, pre)
     if rows:
-        constants = _constants(form, inner)
-        launch(_gated_kernel, (rows, -(-inner // int(constants["BLOCK"]))), (pre, hidden, inner), **constants)
-    return hidden
+        experts = offsets.shape[0]
+        launch(
+            _gated_kernel, (row_tiles(rows, experts, _FORWARD["ROWS"]),),
+            (pre, hidden, a, low, offsets, scale, inner, *((0, 0, 0) if a is None else a.stride())),
+            **_constants(form, experts, a, pre.dtype), **_FORWARD,
+        )  # fmt: skip
+    return hidden, low
 
 
 @triton.jit
 def _gated_backward_kernel(
-    pre, d_hidden, weights, order, offsets, d_pre, dots, inner, experts,
-    ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
+    pre, d_hidden, weights, order, offsets, d_pre, dots, b, low, scale, inner, rows, b_expert, b_r, b_n,
+    experts: tl.constexpr, EXPERTS: tl.constexpr,
+    ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HAS_A: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    position = tl.load(order + row)
-    scale = tl.load(weights + position).to(tl.float32)
-    dot = 0.0
-    for first in range(0, inner, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        mask = column < inner
-        gate, up = _gate_and_up(pre, row, column, mask, inner, INTERLEAVED)
-        grad = tl.load(d_hidden + row * inner + column, mask=mask, other=0.0).to(tl.float32)
-        gate_moves, up_moves = 1.0, 1.0
-        if LIMIT > 0:
-            gate_moves = (gate <= LIMIT).to(tl.float32)
-            up_moves = (tl.abs(up) <= LIMIT).to(tl.float32)
-            gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-        up += SHIFT
-        sigmoid = tl.sigmoid(ALPHA * gate)
-        swish = gate * sigmoid
-        value = swish * up
-        dot += tl.sum(value * grad, 0)
-        grad *= scale
-        d_gate = grad * up * (sigmoid + ALPHA * swish * (1 - sigmoid)) * gate_moves
-        d_up = grad * swish * up_moves
-        # pre may lie where d_pre does, and hidden takes the place of d_hidden: all threads have read before one writes.
-        tl.debug_barrier()
-        d_at = d_pre + row * 2 * inner + (2 * column if INTERLEAVED else column)
-        tl.store(d_at, d_gate.to(d_pre.dtype.element_ty), mask=mask)
-        tl.store(d_at + (1 if INTERLEAVED else inner), d_up.to(d_pre.dtype.element_ty), mask=mask)
-        tl.store(d_hidden + row * inner + column, value.to(d_hidden.dtype.element_ty), mask=mask)
-    # Rows of no expert may hold anything, NaN too.
-    tl.store(dots + position, tl.where(row < tl.load(offsets + experts - 1), dot, 0.0))
+    expert, start, end = find_tile(offsets, tl.program_id(0), experts, EXPERTS, ROWS)
+    row = start + tl.arange(0, ROWS)
+    if expert == experts:  # rows of no expert may hold anything, NaN too
+        row += tl.load(offsets + experts - 1)
+        end = rows
+    row_mask = row < end
+    place = tl.load(order + row, mask=row_mask, other=0)
+    dot = tl.zeros((ROWS,), dtype=tl.float32)
+    if expert < experts:
+        weight = tl.load(weights + place, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+        row = row.to(tl.int64)[:, None]
+        total = tl.zeros((ROWS, RANK), dtype=tl.float32)
+        for first in range(0, inner, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            inside = column < inner
+            mask = row_mask[:, None] & inside[None, :]
+            gate, up = _gate_and_up(pre, row, column[None, :], mask, inner, INTERLEAVED)
+            hidden_at = d_hidden + row * inner + column[None, :]
+            grad = tl.load(hidden_at, mask=mask, other=0.0).to(tl.float32)
+            if LIMIT > 0:
+                gate_moves, up_moves = (gate <= LIMIT).to(tl.float32), (tl.abs(up) <= LIMIT).to(tl.float32)
+                gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+            up += SHIFT
+            sigmoid = tl.sigmoid(ALPHA * gate)
+            swish = gate * sigmoid
+            value = swish * up
+            dot += tl.sum(value * grad, 1)
+            grad *= weight
+            d_gate = grad * up * (sigmoid + ALPHA * swish * (1 - sigmoid))
+            d_up = grad * swish
+            if LIMIT > 0:
+                d_gate, d_up = d_gate * gate_moves, d_up * up_moves
+            d_gate, d_up = d_gate.to(d_pre.dtype.element_ty), d_up.to(d_pre.dtype.element_ty)
+            # pre may lie where d_pre does, and hidden takes the place of d_hidden: all threads have read before one
+            # writes.
+            tl.debug_barrier()
+            gate_column = 2 * column if INTERLEAVED else column
+            up_column = gate_column + (1 if INTERLEAVED else inner)
+            d_at = d_pre + row * 2 * inner
+            tl.store(d_at + gate_column[None, :], d_gate, mask=mask)
+            tl.store(d_at + up_column[None, :], d_up, mask=mask)
+            tl.store(hidden_at, value.to(d_hidden.dtype.element_ty), mask=mask)
+            if HAS_A:
+                total = _times_factor(
+                    d_gate, b, expert, gate_column, inside, total, b_expert, b_r, b_n, RANK, PRECISION
+                )
+                total = _times_factor(d_up, b, expert, up_column, inside, total, b_expert, b_r, b_n, RANK, PRECISION)
+        if HAS_A:
+            low_at = low + row * RANK + tl.arange(0, RANK)[None, :]
+            tl.store(low_at, (total * scale).to(low.dtype.element_ty), mask=row_mask[:, None])
+    tl.store(dots + place, dot, mask=row_mask)
 
 
 def gated_backward(
-    form: GatedSwish, pre: Tensor, d_hidden: Tensor, weights: Tensor, order: Tensor, offsets: Tensor, d_pre: Tensor
-) -> Tensor:
-    """Backward of a gated swish and of the routing weight, in one pass; hidden `(S, I)` takes the place of d_hidden.
+    form: GatedSwish,
+    pre: Tensor,
+    d_hidden: Tensor,
+    weights: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    d_pre: Tensor,
+    b: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Backward of a gated swish and of the routing weight; hidden `(S, I)` takes the place of d_hidden.
 
     Args: pre `(S, 2I)`, d_hidden `(S, I)` before weighting, both sorted; weights contiguous `(T, k)`; order, offsets:
-        see `Routing`. d_pre: receives that of `weight * d_hidden`; may be pre itself.
-    Returns: rowdot(hidden, d_hidden) `(S,)` fp32 in the order of weights, zero for rows of no expert.
+        see `Routing`. d_pre: receives that of `weight * d_hidden`; may be pre itself. b: `(E, R, 2I)`, any strides, R
+        a power of two >= 16, or `None`. scale: of the product with it.
+    Returns: rowdot(hidden, d_hidden) `(S,)` fp32 in the order of weights, zero for rows of no expert; and
+        `scale b d_pre` `(S, R)`.
     """
     rows, inner = d_hidden.shape
     dots = torch.empty(rows, dtype=torch.float32, device=pre.device)
+    low = _empty_low(rows, b, pre)
     if rows:
-        arguments = (pre, d_hidden, weights, order, offsets, d_pre, dots, inner, offsets.shape[0])
-        launch(_gated_backward_kernel, (rows,), arguments, **_constants(form, inner))
-    return dots
+        experts = offsets.shape[0]
+        launch(
+            _gated_backward_kernel, (row_tiles(rows, experts + 1, _BACKWARD["ROWS"]),),  # one more: of no expert
+            (pre, d_hidden, weights, order, offsets, d_pre, dots, b, low, scale, inner, rows,
+             *((0, 0, 0) if b is None else b.stride())),
+            **_constants(form, experts, b, pre.dtype), **_BACKWARD,
+        )  # fmt: skip
+    return dots, low
 
 
 @triton.jit
@@ -128,16 +218,13 @@ def _combine_kernel(
     tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=mask)
 
 
-def combine(
-    rows: Tensor, inverse: Tensor, weights: Tensor | None, offsets: Tensor, top_k: int, dtype: torch.dtype
-) -> Tensor:
+def combine(rows: Tensor, inverse: Tensor, weights: Tensor | None, offsets: Tensor, top_k: int, out: Tensor) -> None:
     """`out[t] = sum_k w[t, k] rows[inverse[t * k]]`, summed in fp32; rows past `offsets[-1]` count as zero.
 
-    Args: rows `(S, H)` sorted by expert; inverse `(S,)` int64; weights contiguous `(T, k)` or `None` for ones.
-    Returns: `(T, H)` in `dtype`.
+    Args: rows `(S, H)` sorted by expert; inverse `(S,)` int64; weights contiguous `(T, k)` or `None` for ones; out:
+        receives `(T, H)`, contiguous, of any floating dtype.
     """
-    tokens, width = inverse.shape[0] // top_k, rows.shape[1]
-    out = torch.empty(tokens, width, dtype=dtype, device=rows.device)
+    tokens, width = out.shape
     if tokens:
         block = min(2048, 1 << (width - 1).bit_length())
         launch(
@@ -146,4 +233,3 @@ def combine(
             TOP_K=top_k, HAS_WEIGHTS=weights is not None, BLOCK=block,
             num_warps=8 if block >= 2048 else 4,
         )  # fmt: skip
-    return out

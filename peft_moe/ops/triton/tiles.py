@@ -19,3 +19,8 @@ def find_tile(offsets, tile, experts: tl.constexpr, EXPERTS: tl.constexpr, ROWS:
     start = tl.sum(tl.where(mine, starts, 0), 0) + (tile - before) * ROWS
     end = tl.sum(tl.where(mine, ends, 0), 0)
     return expert, start, end
+
+
+def row_tiles(rows: int, experts: int, height: int) -> int:
+    """At most how many tiles of so many rows it takes when none holds rows of two experts; no look at the routing."""
+    return rows // height + min(experts, rows)
