@@ -26,7 +26,7 @@ from .tiles import find_tile, row_tiles
 
 
 @triton.jit
-def _project_tile(
+def project_tile(
     expert, start, end, column_tile,
     x, source, w, w_scales, a, b, bias, out, low,
     scale, n_size, k_size, scale_rows, scale_columns,
@@ -116,7 +116,7 @@ def _project_kernel(
     column_tile = tl.program_id(0) % n_tiles
     if expert < experts:
         if HALVES and end - start <= ROWS // 2:  # an expert's last rows
-            _project_tile(
+            project_tile(
                 expert, start, end, column_tile,
                 x, source, w, w_scales, a, b, bias, out, low,
                 scale, n_size, k_size, scale_rows, scale_columns,
@@ -125,7 +125,7 @@ def _project_kernel(
                 ROWS // 2, COLUMNS, STEP, PRECISION,
             )  # fmt: skip
         else:
-            _project_tile(
+            project_tile(
                 expert, start, end, column_tile,
                 x, source, w, w_scales, a, b, bias, out, low,
                 scale, n_size, k_size, scale_rows, scale_columns,

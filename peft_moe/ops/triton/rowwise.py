@@ -1,8 +1,9 @@
 """The passes over rows between the products: gated swish and its backward, and the weighted sum over the experts.
 
-What a gated swish gives goes straight into the next low-rank product: `low[m] = scale A[e] hidden[m]`, and in the
-backward with B of the first projection in the place of A. A program takes a few rows of one expert, so that it reads A
-once for all of them.
+What a gated swish gives goes on into the next low-rank product, `low[m] = scale A[e] hidden[m]`, and in the backward
+with B of the first projection in the place of A: a program takes a few rows of one expert and reads them again while
+they are in the cache. To multiply them before they are written is slower: the compiler then works the swish out twice,
+for the layout of the store and for that of the product.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..activation import GatedSwish
 from .launch import launch
+from .project import project_tile
 from .tiles import find_tile, row_tiles
 
 
@@ -29,12 +31,19 @@ def _gate_and_up(pre, rows, columns, mask, inner, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def _times_factor(
-    rows, a, expert, columns, inside, total, a_expert, a_r, a_k, RANK: tl.constexpr, PRECISION: tl.constexpr
-):
-    """`total + rows Aᵀ` for some columns of A `(R, K)` of an expert."""
-    a_at = a + expert.to(tl.int64) * a_expert + tl.arange(0, RANK)[None, :] * a_r + columns[:, None] * a_k
-    return tl.dot(rows, tl.load(a_at, mask=inside[:, None], other=0.0), total, input_precision=PRECISION)
+def _low_tile(
+    expert, start, end, x, a, low, scale, k_size, a_expert, a_r, a_k,
+    RANK: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """`low = scale A x` of rows that this program has just written: they are in the cache still."""
+    tl.debug_barrier()  # each thread reads what others wrote
+    project_tile(
+        expert, start, end, 0,
+        x, None, a, None, None, None, None, low, None,
+        scale, RANK, k_size, 1, 1,
+        k_size, a_expert, a_r, a_k, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+        RANK, False, False, False, False, False, True, EVEN_K, True, ROWS, RANK, STEP, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -42,41 +51,43 @@ def _gated_kernel(
     pre, hidden, a, low, offsets, scale, inner, a_expert, a_r, a_k,
     experts: tl.constexpr, EXPERTS: tl.constexpr,
     ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HAS_A: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_A: tl.constexpr, RANK: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     expert, start, end = find_tile(offsets, tl.program_id(0), experts, EXPERTS, ROWS)
     if expert < experts:
         row = start + tl.arange(0, ROWS)
-        inside_rows = (row < end)[:, None]
+        row_mask = (row < end)[:, None]
         row = row.to(tl.int64)[:, None]
-        total = tl.zeros((ROWS, RANK), dtype=tl.float32)
         for first in range(0, inner, BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            inside = column < inner
-            mask = inside_rows & inside[None, :]
-            gate, up = _gate_and_up(pre, row, column[None, :], mask, inner, INTERLEAVED)
+            column = (first + tl.arange(0, BLOCK))[None, :]
+            mask = row_mask & (column < inner)
+            gate, up = _gate_and_up(pre, row, column, mask, inner, INTERLEAVED)
             if LIMIT > 0:
                 gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-            value = (gate * tl.sigmoid(ALPHA * gate) * (up + SHIFT)).to(hidden.dtype.element_ty)
-            tl.store(hidden + row * inner + column[None, :], value, mask=mask)
-            if HAS_A:
-                total = _times_factor(value, a, expert, column, inside, total, a_expert, a_r, a_k, RANK, PRECISION)
+            value = gate * tl.sigmoid(ALPHA * gate) * (up + SHIFT)
+            tl.store(hidden + row * inner + column, value.to(hidden.dtype.element_ty), mask=mask)
         if HAS_A:
-            low_at = low + row * RANK + tl.arange(0, RANK)[None, :]
-            tl.store(low_at, (total * scale).to(low.dtype.element_ty), mask=inside_rows)
+            _low_tile(
+                expert, start, end, hidden, a, low, scale, inner, a_expert, a_r, a_k,
+                RANK, EVEN_K, PRECISION, ROWS, STEP,
+            )  # fmt: skip
 
 
-def _constants(form: GatedSwish, experts: int, a: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
+def _constants(
+    form: GatedSwish, experts: int, a: Tensor | None, dtype: torch.dtype, tiles: dict[str, int]
+) -> dict[str, Any]:
     return {
         "experts": experts, "EXPERTS": 1 << (experts - 1).bit_length(),
         "ALPHA": form.alpha, "SHIFT": form.shift, "LIMIT": form.limit or 0.0, "INTERLEAVED": form.interleaved,
         "HAS_A": a is not None, "RANK": 16 if a is None else a.shape[1],
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "EVEN_K": a is not None and a.shape[2] % tiles["STEP"] == 0,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32", **tiles,
     }  # fmt: skip
 
 
-_FORWARD = {"ROWS": 16, "BLOCK": 128, "num_warps": 4, "num_stages": 2}
-_BACKWARD = {"ROWS": 16, "BLOCK": 128, "num_warps": 4, "num_stages": 1}
+_FORWARD = {"ROWS": 32, "BLOCK": 128, "STEP": 64, "num_warps": 4, "num_stages": 3}
+_BACKWARD = {"ROWS": 32, "BLOCK": 128, "STEP": 64, "num_warps": 4, "num_stages": 3}
 
 
 def _empty_low(rows: int, a: Tensor | None, like: Tensor) -> Tensor | None:
@@ -100,7 +111,7 @@ def gated(
         launch(
             _gated_kernel, (row_tiles(rows, experts, _FORWARD["ROWS"]),),
             (pre, hidden, a, low, offsets, scale, inner, *((0, 0, 0) if a is None else a.stride())),
-            **_constants(form, experts, a, pre.dtype), **_FORWARD,
+            **_constants(form, experts, a, pre.dtype, _FORWARD),
         )  # fmt: skip
     return hidden, low
 
@@ -110,29 +121,26 @@ def _gated_backward_kernel(
     pre, d_hidden, weights, order, offsets, d_pre, dots, b, low, scale, inner, rows, b_expert, b_r, b_n,
     experts: tl.constexpr, EXPERTS: tl.constexpr,
     ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HAS_A: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_A: tl.constexpr, RANK: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     expert, start, end = find_tile(offsets, tl.program_id(0), experts, EXPERTS, ROWS)
-    row = start + tl.arange(0, ROWS)
-    if expert == experts:  # rows of no expert may hold anything, NaN too
-        row += tl.load(offsets + experts - 1)
-        end = rows
-    row_mask = row < end
-    place = tl.load(order + row, mask=row_mask, other=0)
-    dot = tl.zeros((ROWS,), dtype=tl.float32)
+    lanes = tl.arange(0, ROWS)
     if expert < experts:
+        row_mask = start + lanes < end
+        place = tl.load(order + start + lanes, mask=row_mask, other=0)
         weight = tl.load(weights + place, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-        row = row.to(tl.int64)[:, None]
-        total = tl.zeros((ROWS, RANK), dtype=tl.float32)
+        row = (start + lanes).to(tl.int64)[:, None]
+        dot = tl.zeros((ROWS,), dtype=tl.float32)
         for first in range(0, inner, BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            inside = column < inner
-            mask = row_mask[:, None] & inside[None, :]
-            gate, up = _gate_and_up(pre, row, column[None, :], mask, inner, INTERLEAVED)
-            hidden_at = d_hidden + row * inner + column[None, :]
-            grad = tl.load(hidden_at, mask=mask, other=0.0).to(tl.float32)
+            column = (first + tl.arange(0, BLOCK))[None, :]
+            mask = row_mask[:, None] & (column < inner)
+            gate, up = _gate_and_up(pre, row, column, mask, inner, INTERLEAVED)
+            grad = tl.load(d_hidden + row * inner + column, mask=mask, other=0.0).to(tl.float32)
+            gate_moves, up_moves = 1.0, 1.0
             if LIMIT > 0:
-                gate_moves, up_moves = (gate <= LIMIT).to(tl.float32), (tl.abs(up) <= LIMIT).to(tl.float32)
+                gate_moves = (gate <= LIMIT).to(tl.float32)
+                up_moves = (tl.abs(up) <= LIMIT).to(tl.float32)
                 gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
             up += SHIFT
             sigmoid = tl.sigmoid(ALPHA * gate)
@@ -140,29 +148,25 @@ def _gated_backward_kernel(
             value = swish * up
             dot += tl.sum(value * grad, 1)
             grad *= weight
-            d_gate = grad * up * (sigmoid + ALPHA * swish * (1 - sigmoid))
-            d_up = grad * swish
-            if LIMIT > 0:
-                d_gate, d_up = d_gate * gate_moves, d_up * up_moves
-            d_gate, d_up = d_gate.to(d_pre.dtype.element_ty), d_up.to(d_pre.dtype.element_ty)
+            d_gate = grad * up * (sigmoid + ALPHA * swish * (1 - sigmoid)) * gate_moves
+            d_up = grad * swish * up_moves
             # pre may lie where d_pre does, and hidden takes the place of d_hidden: all threads have read before one
             # writes.
             tl.debug_barrier()
-            gate_column = 2 * column if INTERLEAVED else column
-            up_column = gate_column + (1 if INTERLEAVED else inner)
-            d_at = d_pre + row * 2 * inner
-            tl.store(d_at + gate_column[None, :], d_gate, mask=mask)
-            tl.store(d_at + up_column[None, :], d_up, mask=mask)
-            tl.store(hidden_at, value.to(d_hidden.dtype.element_ty), mask=mask)
-            if HAS_A:
-                total = _times_factor(
-                    d_gate, b, expert, gate_column, inside, total, b_expert, b_r, b_n, RANK, PRECISION
-                )
-                total = _times_factor(d_up, b, expert, up_column, inside, total, b_expert, b_r, b_n, RANK, PRECISION)
+            d_at = d_pre + row * 2 * inner + (2 * column if INTERLEAVED else column)
+            tl.store(d_at, d_gate.to(d_pre.dtype.element_ty), mask=mask)
+            tl.store(d_at + (1 if INTERLEAVED else inner), d_up.to(d_pre.dtype.element_ty), mask=mask)
+            tl.store(d_hidden + row * inner + column, value.to(d_hidden.dtype.element_ty), mask=mask)
+        tl.store(dots + place, dot, mask=row_mask)
         if HAS_A:
-            low_at = low + row * RANK + tl.arange(0, RANK)[None, :]
-            tl.store(low_at, (total * scale).to(low.dtype.element_ty), mask=row_mask[:, None])
-    tl.store(dots + place, dot, mask=row_mask)
+            _low_tile(
+                expert, start, end, d_pre, b, low, scale, 2 * inner, b_expert, b_r, b_n,
+                RANK, EVEN_K, PRECISION, ROWS, STEP,
+            )  # fmt: skip
+    else:  # rows of no expert may hold anything, NaN too
+        left_over = tl.load(offsets + experts - 1) + start + lanes
+        their_places = tl.load(order + left_over, mask=left_over < rows, other=0)
+        tl.store(dots + their_places, tl.zeros((ROWS,), dtype=tl.float32), mask=left_over < rows)
 
 
 def gated_backward(
@@ -193,7 +197,7 @@ def gated_backward(
             _gated_backward_kernel, (row_tiles(rows, experts + 1, _BACKWARD["ROWS"]),),  # one more: of no expert
             (pre, d_hidden, weights, order, offsets, d_pre, dots, b, low, scale, inner, rows,
              *((0, 0, 0) if b is None else b.stride())),
-            **_constants(form, experts, b, pre.dtype), **_BACKWARD,
+            **_constants(form, experts, b, pre.dtype, _BACKWARD),
         )  # fmt: skip
     return dots, low
 
