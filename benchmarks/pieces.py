@@ -96,10 +96,10 @@ def main() -> None:
               f"down {time_of(lambda f=down_factors: outer(*f, weights, order, offsets)):.3f}  "
               f"torch d_pre {time_of(lambda: grouped_mm(d_pre.t(), low, offs=offsets)):.3f}")  # fmt: skip
         full = normal(tokens * top_k, width)
-        silu, up_b_t = SILU_GATED, up_b.mT
+        silu, up_b_t, dtype = SILU_GATED, up_b.mT, torch.float32
 
         def backward() -> object:
-            return gated_backward(silu, pre, rows, weights, order, offsets, d_pre, up_b_t, 1.0)
+            return gated_backward(silu, pre, rows, weights, order, offsets, d_pre, up_b_t, 1.0, dtype)
 
         print(f"T={tokens:6d} rowwise   with LoRA: silu {time_of(lambda: gated(silu, pre, down_a, 1.0, offsets)):.3f}  "
               f"silu backward {time_of(backward):.3f}  "

@@ -34,7 +34,10 @@ class ProjectionAdapter(nn.Module, BaseTunerLayer):
 
     def factors(self) -> list[nn.Parameter]:
         """All parameters; `parameters()` walks all modules by name, which costs more than a kernel on a small batch."""
-        return [factor for child in self.children() for factor in child._parameters.values() if factor is not None]
+        found: list[Any] = []
+        for child in self._modules.values():
+            found += child._parameters.values()  # type: ignore[union-attr]
+        return [factor for factor in found if factor is not None]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing: the layer that holds this module merges all its projections together."""
@@ -62,6 +65,12 @@ def pack(padded: Tensor, settings: AdapterSettings) -> Tensor:
     return padded.flatten(0, 1)[settings.constant("rows", padded.device)]
 
 
+def _parameter(parameters: nn.ParameterDict, name: str) -> Tensor:
+    """`parameters[name]`, which asks three times over and costs as much as a kernel launch."""
+    found = parameters._parameters.get(name)
+    return parameters[name] if found is None else found
+
+
 def slot_factors(
     adapter: ProjectionAdapter,
     name: str,
@@ -75,12 +84,12 @@ def slot_factors(
         scaling: the nominal one of the adapter; that of each expert is relative to it. `None`: nothing is folded in.
         dtype: in which to scale, so that a 16-bit B is not rounded once more; `None`: that of the parameters.
     """
-    a, b = adapter.lora_A[name], adapter.lora_B[name]
+    a, b = _parameter(adapter.lora_A, name), _parameter(adapter.lora_B, name)
     if dtype is not None:
         a, b = a.to(dtype), b.to(dtype)
     if settings.ragged:
         a, b = pad(a, settings), pad(b, settings).transpose(1, 2)
-    else:
+    elif settings.share_experts is not None:
         experts = max(a.shape[0], b.shape[0], len(settings.ranks))
         a, b = (factor if factor.shape[0] == experts else factor.expand(experts, -1, -1) for factor in (a, b))
     if scaling is None:
@@ -120,7 +129,8 @@ def for_ops(
     a: Tensor, b: Tensor, settings: AdapterSettings, spec: ExpertsSpec, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Factors of the adapted experts -> of all experts, in the compute dtype: zeros where an expert has no adapter."""
-    a, b = a.to(dtype), b.to(dtype)
+    if a.dtype != dtype or b.dtype != dtype:
+        a, b = a.to(dtype), b.to(dtype)
     if settings.experts is not None:
         index = settings.constant("experts", a.device)
         a = a.new_zeros(spec.num_experts, *a.shape[1:]).index_copy(0, index, a)

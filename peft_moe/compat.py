@@ -180,7 +180,7 @@ def onload_below(*modules: nn.Module) -> Iterator[None]:
 
 def through_hook(module: nn.Module, run: Any, *args: Any, **kwargs: Any) -> Any:
     """`run(*args, **kwargs)` as the forward of a module: inside its accelerate hook, which may move the arguments."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = vars(module).get("_hf_hook")
     if hook is None:
         return run(*args, **kwargs)
     args, kwargs = hook.pre_forward(module, *args, **kwargs)

@@ -47,7 +47,7 @@ def _factors(layer: Experts, name: str, projection: ProjectionSpec, scaled: bool
 def _frozen(layer: Experts, projection: ProjectionSpec, dtype: torch.dtype) -> object:
     store = layer.stores[projection.name]
     stack = build_onloaded(layer, store)
-    if store.dtype == dtype:
+    if (stack.dtype if isinstance(stack, Tensor) else store.dtype) == dtype:
         return stack
     return lambda: stack_tensor(stack).to(dtype)
 

@@ -25,6 +25,7 @@ class AdapterSettings:
         projections: names of the adapted projections.
         experts: indices of the adapted experts, ascending; `None`: all.
         ranks: of each adapted expert. Where they differ nothing is padded: the ranks of all experts lie in one axis.
+        rank: the largest of them. ragged: whether they differ.
         factor: scaling of the first adapted expert, relative to `lora_alpha / r`, the nominal scaling of the adapter
             (which PEFT's tools read and rescale on every LoRA layer).
         scaling: of each adapted expert, relative to the first; `None` where all are equal.
@@ -40,17 +41,12 @@ class AdapterSettings:
     use_dora: bool
     split_gate_up: bool
     share_experts: str | None
+    rank: int = field(init=False, repr=False, compare=False)
+    ragged: bool = field(init=False, repr=False, compare=False)
     _constants: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
-    def rank(self) -> int:
-        """The largest rank."""
-        return max(self.ranks)
-
-    @property
-    def ragged(self) -> bool:
-        """Whether the adapted experts differ in rank."""
-        return len(set(self.ranks)) > 1
+    def __post_init__(self) -> None:
+        self.rank, self.ragged = max(self.ranks), len(set(self.ranks)) > 1
 
     def expert_scaling(self, position: int, nominal: float) -> float:
         """Scaling of the adapted expert at a position, given the nominal scaling of the adapter."""

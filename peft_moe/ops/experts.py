@@ -131,8 +131,9 @@ class _ExpertMLP(torch.autograd.Function):
         del down_weight
         back_b = _mT(up_b) if need_x or need_up else None
         d_pre, d_up_low, dots, hidden = run.activate_rows_backward(
-            ctx.activation, pre, d_hidden, weights, back_b, ctx.up_scale, routing, backend, may_overwrite_saved()
-        )
+            ctx.activation, pre, d_hidden, weights, back_b, ctx.up_scale, routing, backend, may_overwrite_saved(),
+            weights.dtype if down_bias is None else torch.promote_types(x.dtype, torch.float32),
+        )  # fmt: skip
         del pre, d_hidden
         d_down_a: Tensor | None = None
         d_down_b: Tensor | None = None
@@ -149,7 +150,9 @@ class _ExpertMLP(torch.autograd.Function):
             if down_bias is not None:
                 of_bias = (d_out[source] * down_bias[experts]).sum(dim=-1, dtype=dots.dtype)
                 dots = dots + pieces.unsort(of_bias, routing)
-            d_weights = dots.view(weights.shape).to(weights.dtype)
+            d_weights = dots.view(weights.shape)
+            if d_weights.dtype != weights.dtype:
+                d_weights = d_weights.to(weights.dtype)
         if need_x or need_up:
             up_weight = run.operand(up_weight if ctx.up_stack is None else ctx.up_stack, len(source), True)
             d_gathered, _ = run.project(

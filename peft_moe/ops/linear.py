@@ -26,7 +26,9 @@ def first_order_only(backward: Any) -> Any:
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        if not torch.compiler.is_compiling():
             raise RuntimeError(
                 "grouped experts have no second derivatives (`create_graph=True`). Compute without, or set "
                 "PEFT_MOE_GROUPED=0 with frozen experts."

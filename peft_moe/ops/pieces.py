@@ -94,16 +94,17 @@ def activate_rows_backward(
     routing: Routing,
     backend: str,
     overwrite: bool,
+    dots_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Backward of the activation and of the routing weight.
 
     Args: pre `(S, N)`, d_hidden `(S, I)` before weighting, both sorted. weights `(T, k)`. b: `(E, R, N)`, B of the
         projection before, transposed, or `None`. overwrite: pre may be written into; d_hidden always may.
-    Returns: d_pre `(S, N)`; `scale b d_pre` `(S, R)`; rowdot(hidden, d_hidden) `(S,)` in fp32, in the order of
-        weights, zero for rows of no expert; hidden `(S, I)`.
+    Returns: d_pre `(S, N)`; `scale b d_pre` `(S, R)`; rowdot(hidden, d_hidden) `(S,)`, summed in fp32 at least and
+        given in `dots_dtype`, in the order of weights, zero for rows of no expert; hidden `(S, I)`.
     """
     d_pre, dots, hidden = activation_gradients(activation, pre, d_hidden, weights, routing)
-    return d_pre, _low_rank(d_pre, b, scale, routing, backend), dots, hidden
+    return d_pre, _low_rank(d_pre, b, scale, routing, backend), dots.to(dots_dtype), hidden
 
 
 def activation_gradients(

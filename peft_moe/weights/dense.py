@@ -137,7 +137,8 @@ class DenseStack(_Dense):
             tensor = parameter_at(self.module, path).detach()
             if flat:
                 tensor = tensor.view(self.shape[0], -1, tensor.shape[-1])
-            tensor = tensor[: self.shape[0]]
+            if tensor.shape[0] != self.shape[0]:
+                tensor = tensor[: self.shape[0]]
             found.append(tensor.transpose(1, 2) if transposed else tensor)
         return found
 

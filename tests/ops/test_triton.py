@@ -120,6 +120,7 @@ def test_a_graph_that_is_kept(inner: int) -> None:
 def test_route(data: st.DataObject) -> None:
     """The same as the sort, bit for bit: any number of experts, empty ones, rows of no expert, several blocks."""
     from peft_moe.ops.routing import route
+    from peft_moe.ops.triton.routing import _counting_sort
     from peft_moe.ops.triton.routing import route as by_counting
 
     experts, top_k = data.draw(st.sampled_from([1, 3, 8, 100, 1000])), data.draw(st.integers(1, 4))
@@ -130,7 +131,9 @@ def test_route(data: st.DataObject) -> None:
     index = torch.randint(0, experts + 3 * int(sentinels), (tokens, top_k))
     index = index.clamp(max=experts) if data.draw(st.booleans()) else index
     index = index.to(data.draw(st.sampled_from([torch.int64, torch.int32])))
-    with mock.patch("peft_moe.ops.triton.routing._PROGRAMS", programs):
+    few = data.draw(st.sampled_from([0, 8192]))
+    _counting_sort.cache_clear()
+    with mock.patch.multiple("peft_moe.ops.triton.routing", _PROGRAMS=programs, _FEW=few):
         found, wanted = by_counting(index, experts, sentinels), route(index, experts, sentinels)
     for name, value in wanted._asdict().items():
         ours = getattr(found, name)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import Launch, once_a_shape
 
 
 @triton.jit
@@ -64,20 +64,21 @@ def dequantize_blocks(codes: Tensor, scales: Tensor, row_index: Tensor, block_co
         codes: contiguous `(E, N, K)` FP8. scales: `(E or 1, r, c)` fp32 with unit last stride. row_index: `(N,)` int32.
         block_cols: columns of one scale. out: `(E, N, K)` 16 or 32 bits, any strides.
     """
-    experts, rows, cols = codes.shape
     scale_expert = scales.stride(0) if scales.shape[0] > 1 else 0
+    _launch(codes.shape, block_cols, out.stride(), scale_expert, scales.stride(1))(codes, scales, row_index, out)
+    return out
+
+
+@once_a_shape
+def _launch(
+    shape: tuple[int, int, int], block_cols: int, out_strides: tuple[int, int, int], scale_expert: int, scale_row: int
+) -> Launch:
+    experts, rows, cols = shape
+    numbers = (rows, cols, *out_strides, scale_expert, scale_row)
     if block_cols in (32, 64, 128, 256) and cols % block_cols == 0:
         tile_rows = 4096 // block_cols
-        launch(
-            _dequantize_rows_kernel, (triton.cdiv(rows, tile_rows), experts),
-            (codes, scales, row_index, out, rows, cols, *out.stride(), scale_expert, scales.stride(1)),
-            ROWS=tile_rows, BLOCK=block_cols, num_warps=8,
-        )  # fmt: skip
-        return out
+        grid = (triton.cdiv(rows, tile_rows), experts)
+        return Launch(_dequantize_rows_kernel, grid, numbers, ROWS=tile_rows, BLOCK=block_cols, num_warps=8)
     tile_rows, tile_cols = 16, min(512, triton.next_power_of_2(cols))
-    launch(
-        _dequantize_kernel, (triton.cdiv(cols, tile_cols), triton.cdiv(rows, tile_rows), experts),
-        (codes, scales, row_index, out, rows, cols, *out.stride(), scale_expert, scales.stride(1), block_cols),
-        ROWS=tile_rows, COLUMNS=tile_cols, num_warps=8,
-    )  # fmt: skip
-    return out
+    tiles = (triton.cdiv(cols, tile_cols), triton.cdiv(rows, tile_rows), experts)
+    return Launch(_dequantize_kernel, tiles, (*numbers, block_cols), ROWS=tile_rows, COLUMNS=tile_cols, num_warps=8)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import Launch, once_a_shape
 
 _BYTES = 2048  # of codes, for each program
 
@@ -92,14 +92,22 @@ def dequantize_4bit(
     if out.numel() == 0:
         return out
     blocks = out.numel() // size // count
-    rows = _BYTES * 2 // size
     nested_table, nested_scales, nested_size, offsets, offset_blocks = nested or (None, None, 1, None, 1)
-    launch(
-        _four_bit_kernel, (triton.cdiv(blocks, rows), count),
-        (codes, scales, table, out, runs, nested_table, nested_scales, offsets, blocks, first, nested_size,
-         offset_blocks),
-        HALF=size // 2, ROWS=rows, HAS_RUNS=runs is not None, NESTED=nested is not None,
-        EXPONENTS=nested is None and scales.dtype == torch.uint8, LOW_FIRST=low_first,
+    exponents = nested is None and scales.dtype == torch.uint8
+    launch = _launch(blocks, count, size, first, nested_size, offset_blocks, runs is not None, nested is not None,
+                     exponents, low_first)  # fmt: skip
+    launch(codes, scales, table, out, runs, nested_table, nested_scales, offsets)
+    return out
+
+
+@once_a_shape
+def _launch(
+    blocks: int, runs: int, size: int, first: int, nested_size: int, offset_blocks: int, has_runs: bool, nested: bool,
+    exponents: bool, low_first: bool,
+) -> Launch:  # fmt: skip
+    rows = _BYTES * 2 // size
+    return Launch(
+        _four_bit_kernel, (triton.cdiv(blocks, rows), runs), (blocks, first, nested_size, offset_blocks),
+        HALF=size // 2, ROWS=rows, HAS_RUNS=has_runs, NESTED=nested, EXPONENTS=exponents, LOW_FIRST=low_first,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    return out

@@ -1,12 +1,13 @@
 """Launching a kernel without asking Triton which of its compiled versions is meant.
 
 `kernel[grid](...)` binds the arguments, specializes each of them and looks the version up: about 60 microseconds of
-Python, more than most of these kernels run for on a small batch. The version depends on little: dtypes, constants,
-and of pointers and integers whether they are multiples of 16 (or an integer is one). So it is remembered by that.
+Python, more than most of these kernels run for on a small batch. Most of that depends on shapes alone: they make a
+`Launch`, once, and a call of it looks at nothing but dtypes and addresses.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,68 +21,67 @@ except ImportError:  # before Triton 3.4
     knobs = None
 
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-_CHECKED = ((3, 4), (3, 9))  # versions of Triton whose compiled kernels are called as `_call` does
+_CHECKED = ((3, 4), (3, 9))  # versions of Triton whose compiled kernels are called as `_run` does
 _versions: dict[tuple[Any, ...], Any] = {}
-_lately: dict[tuple[Any, ...], Any] = {}  # the same by the very numbers, which most steps repeat
-_MANY = 4096
+once_a_shape = lru_cache(4096)  # for functions that make a `Launch`
 
 
-def _kind(value: Any) -> Any:
-    """What of an argument a compiled version depends on."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, int):
-        return value % 16 == 0, value == 1, -(2**31) <= value < 2**31
-    return getattr(value, "block_shape", None) and tuple(value.block_shape), type(value)  # of a descriptor
-
-
-def _numbers(arguments: tuple[Any, ...]) -> list[Any]:
-    """Finer than the kinds of all arguments, and faster to make."""
-    found: list[Any] = []
-    addresses = 0
-    for value in arguments:
-        if isinstance(value, Tensor):
-            addresses |= value.data_ptr()
-            found.append(value.dtype)
-        elif value is None or isinstance(value, (int, float)):
-            found.append(value)
-        else:
-            found.append(_kind(value))
-    if addresses % 16:
-        found.append(tuple(value.data_ptr() % 16 for value in arguments if isinstance(value, Tensor)))
-    return found
-
-
-def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **constants: Any) -> None:
-    """`kernel[grid](*arguments, **constants)` on the device of its first tensor.
+class Launch:
+    """A kernel with all of a launch that shapes decide: the grid, the numbers among the arguments, the constants.
 
     Args:
-        kernel: a `triton.jit` function whose `tl.constexpr` parameters come last.
-        arguments: tensors, integers, floats and `None`. constants: the constexprs in the kernel's order, then
-            options of the compiler.
+        kernel: a `triton.jit` function of tensors, then numbers, then `tl.constexpr` parameters.
+        grid: of programs. numbers: integers and floats. constants: the constexprs in the kernel's order, then options
+            of the compiler.
     """
-    device = arguments[0].device
-    current = torch.cuda.current_device() if device.type == "cuda" else None
-    if device.index != current:
-        with torch.cuda.device(device):
-            launch(kernel, grid, arguments, **constants)
-        return
-    lately = (id(kernel), current, *constants.values(), *_numbers(arguments))
-    found = _lately.get(lately)
-    if found is None:
-        key = (kernel, device, *constants.values(), *map(_kind, arguments))
-        version = _versions.get(key)
-        if version is None:
-            version = kernel[grid](*arguments, **constants)
-            if hasattr(version, "packed_metadata"):  # not what the interpreter returns
-                _versions[key] = version
+
+    __slots__ = ("_after_tensors", "_found", "constants", "grid", "kernel", "numbers")
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], **constants: Any) -> None:
+        self.kernel, self.grid, self.numbers, self.constants = kernel, (*grid, 1, 1)[:3], numbers, constants
+        values = [value for name, value in constants.items() if name not in _OPTIONS]
+        self._after_tensors = (*numbers, *values)
+        self._found: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, *tensors: Any) -> None:
+        """Run it on the device of the first tensor. Args: tensors, descriptors of tensors, and `None`."""
+        device = tensors[0].device
+        current = torch.cuda.current_device() if device.type == "cuda" else None
+        if device.index != current:
+            with torch.cuda.device(device):
+                self(*tensors)
             return
-        if len(_lately) >= _MANY:
-            _lately.clear()
-        values = tuple(value for name, value in constants.items() if name not in _OPTIONS)
-        found = _lately[lately] = version, values
-    version, values = found
-    _call(version, (*grid, 1, 1)[:3], current, arguments + values)
+        kinds, addresses = [current], 0
+        for one in tensors:
+            if one is None:
+                kinds.append(None)
+            elif isinstance(one, Tensor):
+                addresses |= one.data_ptr()
+                kinds.append(one.dtype)  # type: ignore[arg-type]
+            else:
+                kinds.append(tuple(one.block_shape))  # type: ignore[arg-type]
+        if addresses % 16:
+            kinds += [one.data_ptr() % 16 for one in tensors if isinstance(one, Tensor)]
+        key = tuple(kinds)
+        version = self._found.get(key)
+        if version is None:
+            version = self._version(key, tensors)
+            if version is None:
+                return
+        _run(version, self.grid, current, tensors + self._after_tensors)
+
+    def _version(self, key: tuple[Any, ...], tensors: tuple[Any, ...]) -> Any:
+        """The compiled version; `None` where Triton chose it, and ran it."""
+        kinds = [(n % 16 == 0, n == 1, -(2**31) <= n < 2**31) for n in self.numbers if isinstance(n, int)]
+        known = (self.kernel, *self.constants.values(), *kinds, *key)
+        version = _versions.get(known)
+        if version is None:
+            version = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+            if hasattr(version, "packed_metadata"):  # not what the interpreter returns
+                _versions[known] = self._found[key] = version
+            return None
+        self._found[key] = version
+        return version
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -91,7 +91,7 @@ def _version(text: str) -> tuple[int, ...]:
 _DIRECT = knobs is not None and _CHECKED[0] <= _version(triton.__version__) <= _CHECKED[1]
 
 
-def _call(version: Any, grid: tuple[int, ...], device: int | None, arguments: tuple[Any, ...]) -> None:
+def _run(version: Any, grid: tuple[int, ...], device: int | None, arguments: tuple[Any, ...]) -> None:
     """`version[grid](*arguments)`; where nobody hooked into launches, without what is prepared for hooks."""
     stream = None if device is None else driver.active.get_current_stream(device)
     if _DIRECT and not (_hooked(knobs.runtime.launch_enter_hook) or _hooked(knobs.runtime.launch_exit_hook)):

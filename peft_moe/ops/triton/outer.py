@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import Launch, once_a_shape
 
 _COLUMNS, _STEP = 128, 32
 
@@ -55,9 +55,8 @@ def _outer_tile(
 
 @triton.jit
 def _outer_kernel(
-    big_1, source_1, small_1, out_1, n_1, big_row_1, out_n_1, out_r_1,
-    big_2, source_2, small_2, out_2, n_2, big_row_2, out_n_2, out_r_2,
-    scale, order, offsets,
+    big_1, source_1, small_1, out_1, big_2, source_2, small_2, out_2, scale, order, offsets,
+    n_1, big_row_1, out_n_1, out_r_1, n_2, big_row_2, out_n_2, out_r_2,
     RANK: tl.constexpr, HAS_SOURCE_1: tl.constexpr, HAS_SOURCE_2: tl.constexpr, HAS_SCALE: tl.constexpr,
     COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -95,20 +94,31 @@ def outer(first: Factor, second: Factor, scale: Tensor | None, order: Tensor, of
 
     Args: scale: contiguous, S numbers in flat order, or `None`. order: `(S,)`. offsets: `(E,)` int32.
     """
-    arguments: list[Tensor | int | None] = []
-    found, tiles = [], 0
-    for big, source, small, transposed in (first, second):
-        n_size, rank = big.shape[1], small.shape[1]
-        shape = (len(offsets), rank, n_size) if transposed else (len(offsets), n_size, rank)
-        out = torch.empty(shape, dtype=big.dtype, device=big.device)
-        arguments += [big, source, small, out, n_size, big.stride(0), *((1, n_size) if transposed else (rank, 1))]
-        found.append(out)
-        tiles += -(-n_size // _COLUMNS)
-    launch(
-        _outer_kernel, (tiles, len(offsets)), (*arguments, scale, order, offsets),
-        RANK=first.small.shape[1], HAS_SOURCE_1=first.source is not None, HAS_SOURCE_2=second.source is not None,
-        HAS_SCALE=scale is not None, COLUMNS=_COLUMNS, STEP=_STEP,
-        PRECISION="ieee" if first.big.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
+    experts, rank = len(offsets), first.small.shape[1]
+    found = [
+        torch.empty(
+            (experts, rank, big.shape[1]) if transposed else (experts, big.shape[1], rank),
+            dtype=big.dtype, device=big.device,
+        )
+        for big, _, _, transposed in (first, second)
+    ]  # fmt: skip
+    sides = [(one.big.shape[1], one.big.stride(0), one.source is not None, one.transposed) for one in (first, second)]
+    launch = _of_shapes(experts, rank, *sides, scale is not None, first.big.dtype == torch.float32)
+    launch(*first[:3], found[0], *second[:3], found[1], scale, order, offsets)
     return found[0], found[1]
+
+
+_Side = tuple[int, int, bool, bool]
+
+
+@once_a_shape
+def _of_shapes(experts: int, rank: int, first: _Side, second: _Side, has_scale: bool, single: bool) -> Launch:
+    numbers: list[int] = []
+    for n_size, big_row, _, transposed in (first, second):
+        numbers += [n_size, big_row, *((1, n_size) if transposed else (rank, 1))]
+    tiles = -(-first[0] // _COLUMNS) + -(-second[0] // _COLUMNS)
+    return Launch(
+        _outer_kernel, (tiles, experts), tuple(numbers),
+        RANK=rank, HAS_SOURCE_1=first[2], HAS_SOURCE_2=second[2], HAS_SCALE=has_scale, COLUMNS=_COLUMNS, STEP=_STEP,
+        PRECISION="ieee" if single else "tf32", num_warps=4, num_stages=2,
+    )  # fmt: skip

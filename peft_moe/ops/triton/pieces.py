@@ -101,14 +101,15 @@ def activate_rows_backward(
     routing: Routing,
     backend: str,
     overwrite: bool,
+    dots_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """One pass for a gated swish, in place, LoRA B inside."""
     if not isinstance(activation, GatedSwish):
         d_pre, dots, hidden = plain.activation_gradients(activation, pre, d_hidden, weights, routing)
-        return d_pre, None if b is None else low_rank(d_pre, b, scale, routing.offsets), dots, hidden
+        return d_pre, None if b is None else low_rank(d_pre, b, scale, routing.offsets), dots.to(dots_dtype), hidden
     weights, d_pre = weights.contiguous(), pre if overwrite else torch.empty_like(pre)
     dots, low = rowwise.gated_backward(
-        activation, pre, d_hidden, weights, routing.order, routing.offsets, d_pre, b, scale
+        activation, pre, d_hidden, weights, routing.order, routing.offsets, d_pre, b, scale, dots_dtype
     )
     return d_pre, low, dots, d_hidden
 

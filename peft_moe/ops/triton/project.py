@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..scaled import ScaledStack
 from .dequantize import runs_on
-from .launch import launch
+from .launch import Launch, once_a_shape
 from .project_tma import project_tma, takes
 from .tiles import find_tile, row_tiles
 
@@ -235,30 +235,43 @@ def _launch(
     scale_out: bool,
 ) -> tuple[Tensor, Tensor | None]:
     rows = x.shape[0] if source is None else source.shape[0]
-    experts, n_size, k_size = weight.shape
+    scales = scaling = None
     if isinstance(weight, ScaledStack):
-        codes, scales, covered = weight.codes, weight.scales, (weight.rows, weight.columns)
-        scale_strides: tuple[int, ...] = scales.stride()
+        codes, scales = weight.codes, weight.scales
+        scaling = (weight.rows, weight.columns, *scales.stride())
     else:
-        codes, scales, covered, scale_strides = weight, None, (1, 1), (0, 0, 0)
-    out = torch.empty(rows, n_size, dtype=x.dtype, device=x.device)
+        codes = weight
+    out = torch.empty(rows, weight.shape[1], dtype=x.dtype, device=x.device)
     if a is not None:
         low = torch.empty(rows, a.shape[1], dtype=x.dtype, device=x.device)
-    if rows == 0:
-        return out, low
-    chosen = tiles or _tiles(rows, experts, n_size, x.device, scales is not None)
-    grid = (row_tiles(rows, experts, chosen["ROWS"]) * -(-n_size // chosen["COLUMNS"]),)
-    a_strides = (0, 0, 0) if a is None else a.stride()
-    b_strides = (0, 0, 0) if b is None else b.stride()
-    launch(
-        _project_kernel, grid,
-        (x, source, codes, scales, a, b, bias, offsets, out, low, scale, n_size, k_size, *covered,
-         x.stride(0), *codes.stride(), *scale_strides, *a_strides, *b_strides),
-        experts=experts, EXPERTS=1 << (experts - 1).bit_length(), RANK=16 if b is None else b.shape[2],
-        HAS_SOURCE=source is not None, SCALED=scales is not None, HAS_A=a is not None, HAS_B=b is not None,
-        HAS_BIAS=bias is not None, SCALE_OUT=scale_out, EVEN_K=k_size % chosen["STEP"] == 0,
-        WHOLE_N=n_size % 16 == 0 and n_size >= chosen["COLUMNS"], HALVES=chosen["ROWS"] >= HALVED_ROWS,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        **chosen,
-    )  # fmt: skip
+    if rows:
+        launch = _of_shapes(
+            rows, x.stride(0), source is not None, codes.shape, codes.stride(), scaling,
+            None if a is None else a.stride(), None if b is None else (b.shape[2], *b.stride()), bias is not None,
+            float(scale), scale_out, x.dtype == torch.float32, x.device, None if tiles is None else (*tiles.items(),),
+        )  # fmt: skip
+        launch(x, source, codes, scales, a, b, bias, offsets, out, low)
     return out, low
+
+
+@once_a_shape
+def _of_shapes(
+    rows: int, x_row: int, has_source: bool, shape: tuple[int, int, int], w_strides: tuple[int, int, int],
+    scaling: tuple[int, ...] | None, a_strides: tuple[int, int, int] | None, b: tuple[int, int, int, int] | None,
+    has_bias: bool, scale: float, scale_out: bool, single: bool, device: torch.device,
+    tiles: tuple[tuple[str, int], ...] | None,
+) -> Launch:  # fmt: skip
+    experts, n_size, k_size = shape
+    chosen = dict(tiles) if tiles else _tiles(rows, experts, n_size, device, scaling is not None)
+    covered, scale_strides = ((1, 1), (0, 0, 0)) if scaling is None else (scaling[:2], scaling[2:])
+    columns = chosen["COLUMNS"]
+    return Launch(
+        _project_kernel, (row_tiles(rows, experts, chosen["ROWS"]) * -(-n_size // columns),),
+        (scale, n_size, k_size, *covered, x_row, *w_strides, *scale_strides,
+         *(a_strides or (0, 0, 0)), *(b[1:] if b else (0, 0, 0))),
+        experts=experts, EXPERTS=1 << (experts - 1).bit_length(), RANK=b[0] if b else 16,
+        HAS_SOURCE=has_source, SCALED=scaling is not None, HAS_A=a_strides is not None, HAS_B=b is not None,
+        HAS_BIAS=has_bias, SCALE_OUT=scale_out, EVEN_K=k_size % chosen["STEP"] == 0,
+        WHOLE_N=n_size % 16 == 0 and n_size >= columns, HALVES=chosen["ROWS"] >= HALVED_ROWS,
+        PRECISION="ieee" if single else "tf32", **chosen,
+    )  # fmt: skip

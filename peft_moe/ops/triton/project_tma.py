@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import Launch, once_a_shape
 from .tiles import find_tile, row_tiles
 
 _TILES = {"ROWS": 128, "COLUMNS": 256, "STEP": 64, "num_warps": 8, "num_stages": 3}
@@ -141,8 +141,7 @@ def project_tma(
     assert found is not None
     k_first, shape, stride = found
     rows = x.shape[0] if source is None else source.shape[0]
-    experts, n_size, k_size = weight.shape
-    out = torch.empty(rows, n_size, dtype=x.dtype, device=x.device)
+    out = torch.empty(rows, weight.shape[1], dtype=x.dtype, device=x.device)
     columns, step, height = _TILES["COLUMNS"], _TILES["STEP"], _TILES["ROWS"]
     w_tiles = TensorDescriptor(weight, shape, [stride, 1], [step, columns] if k_first else [columns, step])
     x_tiles: Any = None
@@ -150,13 +149,25 @@ def project_tma(
     if source is None:
         x_tiles = TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [height, step])
         x_halves = TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [height // 2, step])
-    tiles = row_tiles(rows, experts, height) * -(-n_size // columns)
-    launch(
-        _project_tma_kernel, (min(tiles, _programs(x.device)),),
-        (x, x_tiles, x_halves, source, w_tiles, b, bias, low, offsets, out, n_size, k_size, tiles, x.stride(0),
-         *((0, 0, 0) if b is None else b.stride())),
-        experts=experts, EXPERTS=1 << (experts - 1).bit_length(), RANK=16 if b is None else b.shape[2],
-        HAS_SOURCE=source is not None, HAS_B=b is not None, HAS_BIAS=bias is not None,
-        K_FIRST=k_first, EVEN_K=k_size % step == 0, **_TILES,
+    launch = _of_shapes(
+        rows, x.stride(0), source is not None, weight.shape, k_first,
+        None if b is None else (b.shape[2], *b.stride()), bias is not None, x.device,
     )  # fmt: skip
+    launch(x, x_tiles, x_halves, source, w_tiles, b, bias, low, offsets, out)
     return out
+
+
+@once_a_shape
+def _of_shapes(
+    rows: int, x_row: int, has_source: bool, shape: tuple[int, int, int], k_first: bool,
+    b: tuple[int, int, int, int] | None, has_bias: bool, device: torch.device,
+) -> Launch:  # fmt: skip
+    experts, n_size, k_size = shape
+    tiles = row_tiles(rows, experts, _TILES["ROWS"]) * -(-n_size // _TILES["COLUMNS"])
+    return Launch(
+        _project_tma_kernel, (min(tiles, _programs(device)),),
+        (n_size, k_size, tiles, x_row, *(b[1:] if b else (0, 0, 0))),
+        experts=experts, EXPERTS=1 << (experts - 1).bit_length(), RANK=b[0] if b else 16,
+        HAS_SOURCE=has_source, HAS_B=b is not None, HAS_BIAS=has_bias, K_FIRST=k_first,
+        EVEN_K=k_size % _TILES["STEP"] == 0, **_TILES,
+    )  # fmt: skip

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activation import GatedSwish
-from .launch import launch
+from .launch import Launch, once_a_shape
 from .project import project_tile
 from .tiles import find_tile, row_tiles
 
@@ -74,20 +74,8 @@ def _gated_kernel(
             )  # fmt: skip
 
 
-def _constants(
-    form: GatedSwish, experts: int, a: Tensor | None, dtype: torch.dtype, tiles: dict[str, int]
-) -> dict[str, Any]:
-    return {
-        "experts": experts, "EXPERTS": 1 << (experts - 1).bit_length(),
-        "ALPHA": form.alpha, "SHIFT": form.shift, "LIMIT": form.limit or 0.0, "INTERLEAVED": form.interleaved,
-        "HAS_A": a is not None, "RANK": 16 if a is None else a.shape[1],
-        "EVEN_K": a is not None and a.shape[2] % tiles["STEP"] == 0,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32", **tiles,
-    }  # fmt: skip
-
-
-_FORWARD = {"ROWS": 32, "BLOCK": 128, "STEP": 64, "num_warps": 4, "num_stages": 3}
-_BACKWARD = {"ROWS": 32, "BLOCK": 128, "STEP": 64, "num_warps": 4, "num_stages": 3}
+_FORWARD = {"ROWS": 16, "BLOCK": 256, "STEP": 64, "num_warps": 4, "num_stages": 3}
+_BACKWARD = {"ROWS": 32, "BLOCK": 128, "STEP": 128, "num_warps": 8, "num_stages": 3}
 
 
 def _empty_low(rows: int, a: Tensor | None, like: Tensor) -> Tensor | None:
@@ -107,13 +95,35 @@ def gated(
     hidden = torch.empty(rows, inner, dtype=pre.dtype, device=pre.device)
     low = _empty_low(rows, a, pre)
     if rows:
-        experts = offsets.shape[0]
-        launch(
-            _gated_kernel, (row_tiles(rows, experts, _FORWARD["ROWS"]),),
-            (pre, hidden, a, low, offsets, scale, inner, *((0, 0, 0) if a is None else a.stride())),
-            **_constants(form, experts, a, pre.dtype, _FORWARD),
-        )  # fmt: skip
+        factor = None if a is None else (a.shape[1], *a.stride())
+        launch = _forward(form, rows, inner, offsets.shape[0], factor, float(scale), pre.dtype == torch.float32)
+        launch(pre, hidden, a, low, offsets)
     return hidden, low
+
+
+_Factor = tuple[int, int, int, int]  # rank and strides
+
+
+@once_a_shape
+def _forward(
+    form: GatedSwish, rows: int, inner: int, experts: int, a: _Factor | None, scale: float, single: bool
+) -> Launch:
+    return Launch(
+        _gated_kernel, (row_tiles(rows, experts, _FORWARD["ROWS"]),),
+        (scale, inner, *(a[1:] if a else (0, 0, 0))),
+        **_constants(form, experts, a, inner, single, _FORWARD),
+    )  # fmt: skip
+
+
+def _constants(
+    form: GatedSwish, experts: int, factor: _Factor | None, width: int, single: bool, tiles: dict[str, int]
+) -> dict[str, Any]:
+    return {
+        "experts": experts, "EXPERTS": 1 << (experts - 1).bit_length(),
+        "ALPHA": form.alpha, "SHIFT": form.shift, "LIMIT": form.limit or 0.0, "INTERLEAVED": form.interleaved,
+        "HAS_A": factor is not None, "RANK": factor[0] if factor else 16, "EVEN_K": width % tiles["STEP"] == 0,
+        "PRECISION": "ieee" if single else "tf32", **tiles,
+    }  # fmt: skip
 
 
 @triton.jit
@@ -157,7 +167,7 @@ def _gated_backward_kernel(
             tl.store(d_at, d_gate.to(d_pre.dtype.element_ty), mask=mask)
             tl.store(d_at + (1 if INTERLEAVED else inner), d_up.to(d_pre.dtype.element_ty), mask=mask)
             tl.store(d_hidden + row * inner + column, value.to(d_hidden.dtype.element_ty), mask=mask)
-        tl.store(dots + place, dot, mask=row_mask)
+        tl.store(dots + place, dot.to(dots.dtype.element_ty), mask=row_mask)
         if HAS_A:
             _low_tile(
                 expert, start, end, d_pre, b, low, scale, 2 * inner, b_expert, b_r, b_n,
@@ -166,7 +176,7 @@ def _gated_backward_kernel(
     else:  # rows of no expert may hold anything, NaN too
         left_over = tl.load(offsets + experts - 1) + start + lanes
         their_places = tl.load(order + left_over, mask=left_over < rows, other=0)
-        tl.store(dots + their_places, tl.zeros((ROWS,), dtype=tl.float32), mask=left_over < rows)
+        tl.store(dots + their_places, tl.zeros((ROWS,), dtype=dots.dtype.element_ty), mask=left_over < rows)
 
 
 def gated_backward(
@@ -179,27 +189,35 @@ def gated_backward(
     d_pre: Tensor,
     b: Tensor | None,
     scale: float,
+    dots_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """Backward of a gated swish and of the routing weight; hidden `(S, I)` takes the place of d_hidden.
 
     Args: pre `(S, 2I)`, d_hidden `(S, I)` before weighting, both sorted; weights contiguous `(T, k)`; order, offsets:
         see `Routing`. d_pre: receives that of `weight * d_hidden`; may be pre itself. b: `(E, R, 2I)`, any strides, R
         a power of two >= 16, or `None`. scale: of the product with it.
-    Returns: rowdot(hidden, d_hidden) `(S,)` fp32 in the order of weights, zero for rows of no expert; and
+    Returns: rowdot(hidden, d_hidden) `(S,)`, summed in fp32, in the order of weights, zero for rows of no expert; and
         `scale b d_pre` `(S, R)`.
     """
     rows, inner = d_hidden.shape
-    dots = torch.empty(rows, dtype=torch.float32, device=pre.device)
+    dots = torch.empty(rows, dtype=dots_dtype, device=pre.device)
     low = _empty_low(rows, b, pre)
     if rows:
-        experts = offsets.shape[0]
-        launch(
-            _gated_backward_kernel, (row_tiles(rows, experts + 1, _BACKWARD["ROWS"]),),  # one more: of no expert
-            (pre, d_hidden, weights, order, offsets, d_pre, dots, b, low, scale, inner, rows,
-             *((0, 0, 0) if b is None else b.stride())),
-            **_constants(form, experts, b, pre.dtype, _BACKWARD),
-        )  # fmt: skip
+        factor = None if b is None else (b.shape[1], *b.stride())
+        launch = _backward(form, rows, inner, offsets.shape[0], factor, float(scale), pre.dtype == torch.float32)
+        launch(pre, d_hidden, weights, order, offsets, d_pre, dots, b, low)
     return dots, low
+
+
+@once_a_shape
+def _backward(
+    form: GatedSwish, rows: int, inner: int, experts: int, b: _Factor | None, scale: float, single: bool
+) -> Launch:
+    return Launch(
+        _gated_backward_kernel, (row_tiles(rows, experts + 1, _BACKWARD["ROWS"]),),  # one more: of no expert
+        (scale, inner, rows, *(b[1:] if b else (0, 0, 0))),
+        **_constants(form, experts, b, 2 * inner, single, _BACKWARD),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -228,12 +246,15 @@ def combine(rows: Tensor, inverse: Tensor, weights: Tensor | None, offsets: Tens
     Args: rows `(S, H)` sorted by expert; inverse `(S,)` int64; weights contiguous `(T, k)` or `None` for ones; out:
         receives `(T, H)`, contiguous, of any floating dtype.
     """
-    tokens, width = out.shape
-    if tokens:
-        block = min(2048, 1 << (width - 1).bit_length())
-        launch(
-            _combine_kernel, (tokens, -(-width // block)),
-            (rows, inverse, weights, offsets, out, width, offsets.shape[0]),
-            TOP_K=top_k, HAS_WEIGHTS=weights is not None, BLOCK=block,
-            num_warps=8 if block >= 2048 else 4,
-        )  # fmt: skip
+    if out.numel():
+        launch = _sum(*out.shape, offsets.shape[0], top_k, weights is not None)
+        launch(rows, inverse, weights, offsets, out)
+
+
+@once_a_shape
+def _sum(tokens: int, width: int, experts: int, top_k: int, has_weights: bool) -> Launch:
+    block = min(2048, 1 << (width - 1).bit_length())
+    return Launch(
+        _combine_kernel, (tokens, -(-width // block)), (width, experts),
+        TOP_K=top_k, HAS_WEIGHTS=has_weights, BLOCK=block, num_warps=8 if block >= 2048 else 4,
+    )  # fmt: skip

@@ -1,0 +1,99 @@
+"""The kernels compile for real GPUs, without one: the interpreter takes what the compiler refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from peft_moe.ops.activation import GatedSwish
+from peft_moe.ops.experts import Projection, expert_mlp, pieces_of
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a device the kernels run: tests/gpu")
+
+
+@pytest.fixture(params=[80, 90])
+def architecture(request: pytest.FixtureRequest) -> int:
+    """Ten times the compute capability: A100, H100."""
+    return request.param
+
+
+@pytest.fixture
+def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the kernels that are compiled while a test runs, in the place of being run."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from peft_moe.ops.triton import project_tma
+    from peft_moe.ops.triton.launch import Launch
+
+    names: list[str] = []
+
+    def compile_only(self: Launch, *tensors: Any) -> None:
+        found = self.kernel.warmup(*tensors, *self.numbers, grid=self.grid, **self.constants)
+        assert found.asm["cubin"]
+        names.append(self.kernel.fn.__name__)
+
+    target = GPUTarget("cuda", architecture, 32)
+    fake = SimpleNamespace(
+        get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+    )
+    monkeypatch.setattr(Launch, "__call__", compile_only)
+    monkeypatch.setattr(project_tma, "_has_descriptors", lambda device: architecture >= 90)
+    monkeypatch.setattr(project_tma, "_programs", lambda device: 132)
+    before = dict(vars(driver))
+    driver.set_active(fake)
+    yield names
+    vars(driver).update(before)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "form"), [(8, GatedSwish()), (300, GatedSwish(1.702, 1.0, 7.0, True)), (4000, GatedSwish())]
+)
+def test_whole_mlp(compiled: list[str], tokens: int, form: GatedSwish) -> None:
+    """Few rows an expert, some, and many, forward and backward."""
+    experts, top_k, width, inner, rank = 4, 2, 256, 192, 16
+    up = [torch.zeros(experts, *shape).bfloat16() for shape in ((2 * inner, width), (rank, width), (2 * inner, rank))]
+    down = [torch.zeros(experts, *shape).bfloat16() for shape in ((width, inner), (rank, inner), (width, rank))]
+    leaves = [torch.zeros(tokens, width).bfloat16(), torch.zeros(tokens, top_k), *up[1:], *down[1:]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    index = torch.zeros(tokens, top_k, dtype=torch.int64)
+    out = expert_mlp(
+        leaves[0], leaves[1], pieces_of("triton").route(index, experts, False), Projection(up[0], None, *up[1:]),
+        Projection(down[0], None, *down[1:]), form, "triton", torch.bfloat16,
+    )  # fmt: skip
+    out.sum().backward()
+    passes = {name for name in compiled if "project" not in name}
+    assert passes == {"_compare_kernel", "_gated_kernel", "_gated_backward_kernel", "_combine_kernel", "_outer_kernel"}
+    assert sum("project" in name for name in compiled) == (4 if tokens == 8 else 6)
+
+
+def test_counting_sort(compiled: list[str]) -> None:
+    for experts in (8, 128):
+        pieces_of("triton").route(torch.zeros(5000, 2, dtype=torch.int64), experts, False)
+    assert compiled == 2 * ["_count_kernel", "_place_kernel"]
+
+
+def test_dequantization(compiled: list[str], architecture: int) -> None:
+    """NF4 with double quantization, MXFP4's exponents, and FP8 in blocks; products on FP8 codes."""
+    from peft_moe.ops.scaled import ScaledStack
+    from peft_moe.ops.triton.dequantize import dequantize_blocks
+    from peft_moe.ops.triton.four_bit import Nested, dequantize_4bit
+    from peft_moe.ops.triton.project import project
+
+    out, codes, table = torch.empty(4, 256, 128).bfloat16(), torch.zeros(2**16, dtype=torch.uint8), torch.zeros(16)
+    scales = torch.zeros(2**11, dtype=torch.uint8)
+    dequantize_4bit(codes, scales, table, 64, out, nested=Nested(torch.zeros(256), torch.zeros(8), 256, table, 2**11))
+    dequantize_4bit(codes, scales, table, 32, out, low_first=True)
+    fp8, per_block = torch.zeros(4, 256, 128).to(torch.float8_e4m3fn), torch.zeros(4, 2, 1)
+    if architecture >= 89:  # GPUs that convert FP8
+        rows = torch.zeros(256, dtype=torch.int32)
+        dequantize_blocks(fp8, per_block, rows, 128, out)
+        ends = torch.zeros(4, dtype=torch.int32)
+        project(out[0], None, ScaledStack(fp8, per_block, 128, 128), None, None, 1.0, None, ends)
+    assert len(compiled) == (4 if architecture >= 89 else 2)
