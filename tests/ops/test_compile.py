@@ -39,8 +39,10 @@ def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
         names.append(self.kernel.fn.__name__)
 
     target = GPUTarget("cuda", architecture, 32)
-    fake = SimpleNamespace(
-        get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+    fake = SimpleNamespace(  # a kernel keeps the target of each device
+        get_current_target=lambda: target,
+        get_current_device=lambda: architecture,
+        get_current_stream=lambda device: 0,
     )
     monkeypatch.setattr(Launch, "__call__", compile_only)
     monkeypatch.setattr(project_tma, "_has_descriptors", lambda device: architecture >= 90)
