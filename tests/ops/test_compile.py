@@ -28,7 +28,7 @@ def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from peft_moe.ops.triton import project_tma
+    from peft_moe.ops.triton import project
     from peft_moe.ops.triton.launch import Launch
 
     names: list[str] = []
@@ -45,8 +45,8 @@ def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
         get_current_stream=lambda device: 0,
     )
     monkeypatch.setattr(Launch, "__call__", compile_only)
-    monkeypatch.setattr(project_tma, "_has_descriptors", lambda device: architecture >= 90)
-    monkeypatch.setattr(project_tma, "_programs", lambda device: 132)
+    monkeypatch.setattr(project, "has_descriptors", lambda device: architecture >= 90)
+    monkeypatch.setattr(project, "_large_shared_memory", lambda device: architecture >= 90)
     before = dict(vars(driver))
     driver.set_active(fake)
     yield names

@@ -5,8 +5,9 @@
 A program computes a tile of rows of one expert and a tile of columns. An expert's last rows take half a tile where
 that is enough: with 256 rows an expert, a fifth of what tiles of 128 compute would be in vain. LoRA B is one more step
 of the base product's accumulation. With few rows an expert, where launches count, LoRA A rides along in the loop over
-K; with many, its narrow tile would slow the matrix units more than a pass of its own over the input costs. Which expert
-a program works for follows from the offsets on the device: nothing waits for the host.
+K; with many, its narrow tile would slow the matrix units more than a pass of its own over the input costs. Where the
+GPU has a copy engine, tiles of the weights and of rows that need no gather come by descriptor. Which expert a program
+works for follows from the offsets on the device: nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from torch import Tensor
 
 from ..scaled import ScaledStack
 from .dequantize import runs_on
+from .descriptors import has_descriptors, of_rows, of_stack
 from .launch import Launch, once_a_shape
-from .project_tma import project_tma, takes
 from .tiles import find_tile, row_tiles
 
 
 @triton.jit
 def project_tile(
     expert, start, end, column_tile,
-    x, source, w, w_scales, a, b, bias, out, low,
+    x, x_tiles, source, w, w_tiles, w_scales, a, b, bias, out, low,
     scale, n_size, k_size, scale_rows, scale_columns,
     x_row, w_expert, w_n, w_k, s_expert, s_n, s_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
-    RANK: tl.constexpr, HAS_SOURCE: tl.constexpr, SCALED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
+    RANK: tl.constexpr, HAS_SOURCE: tl.constexpr, X_TILES: tl.constexpr, W_TILES: tl.constexpr, K_FIRST: tl.constexpr,
+    SCALED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
     HAS_BIAS: tl.constexpr, SCALE_OUT: tl.constexpr, EVEN_K: tl.constexpr, WHOLE_N: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -61,13 +63,23 @@ def project_tile(
         a_at = a + expert64 * a_expert + ranks[None, :] * a_r + steps[:, None] * a_k
         low_total = tl.zeros((ROWS, RANK), dtype=tl.float32)
     for k in range(0, k_size, STEP):
-        if EVEN_K:
-            x_tile = tl.load(x_at)
-            w_tile = tl.load(w_at)
+        if X_TILES:
+            x_tile = x_tiles.load([start, k])
         else:
-            inside = k + steps < k_size
-            x_tile = tl.load(x_at, mask=inside[None, :], other=0.0)
-            w_tile = tl.load(w_at, mask=inside[:, None], other=0.0)
+            # Rows past the end are not loaded at all: all from one place, they would be slower than real ones.
+            inside = row_mask[:, None] if EVEN_K else row_mask[:, None] & (k + steps < k_size)[None, :]
+            x_tile = tl.load(x_at, mask=inside, other=0.0)
+            x_at += STEP
+        if W_TILES:
+            # Past an expert's edge lie the weights of the next: those columns are not stored, and steps past K meet
+            # zeros of x.
+            if K_FIRST:
+                w_tile = w_tiles.load([expert * k_size + k, first_column])
+            else:
+                w_tile = w_tiles.load([expert * n_size + first_column, k]).T
+        else:
+            w_tile = tl.load(w_at) if EVEN_K else tl.load(w_at, mask=(k + steps < k_size)[:, None], other=0.0)
+            w_at += STEP * w_k
         if SCALED:  # of one step along K they are those of its first column
             part = tl.dot(x_tile, w_tile.to(x_tile.dtype), input_precision=PRECISION)
             total += part * tl.load(scales_at + (k // scale_columns) * s_k)[None, :]
@@ -80,8 +92,6 @@ def project_tile(
                 a_tile = tl.load(a_at, mask=(k + steps < k_size)[:, None], other=0.0)
             low_total = tl.dot(x_tile, a_tile, low_total, input_precision=PRECISION)
             a_at += STEP * a_k
-        x_at += STEP
-        w_at += STEP * w_k
     if HAS_B:
         low_at = low + rows.to(tl.int64)[:, None] * RANK + ranks[None, :]
         if HAS_A:
@@ -103,34 +113,37 @@ def project_tile(
 
 @triton.jit
 def _project_kernel(
-    x, source, w, w_scales, a, b, bias, offsets, out, low,
+    x, x_tiles, x_halves, source, w, w_tiles, w_scales, a, b, bias, offsets, out, low,
     scale, n_size, k_size, scale_rows, scale_columns,
     x_row, w_expert, w_n, w_k, s_expert, s_n, s_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
     experts: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr,
-    HAS_SOURCE: tl.constexpr, SCALED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SCALE_OUT: tl.constexpr, EVEN_K: tl.constexpr, WHOLE_N: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, HALVES: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SOURCE: tl.constexpr, X_TILES: tl.constexpr, W_TILES: tl.constexpr, K_FIRST: tl.constexpr,
+    SCALED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, SCALE_OUT: tl.constexpr,
+    EVEN_K: tl.constexpr, WHOLE_N: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    n_tiles = tl.cdiv(n_size, COLUMNS)
-    expert, start, end = find_tile(offsets, tl.program_id(0) // n_tiles, experts, EXPERTS, ROWS)
-    column_tile = tl.program_id(0) % n_tiles
+    # A few row tiles by all column tiles, row tiles first: programs that run together share rows and weights.
+    across = GROUP * tl.cdiv(n_size, COLUMNS)
+    place = tl.program_id(0) % across
+    row_tile, column_tile = tl.program_id(0) // across * GROUP + place % GROUP, place // GROUP
+    expert, start, end = find_tile(offsets, row_tile, experts, EXPERTS, ROWS)
     if expert < experts:
         if HALVES and end - start <= ROWS // 2:  # an expert's last rows
             project_tile(
                 expert, start, end, column_tile,
-                x, source, w, w_scales, a, b, bias, out, low,
+                x, x_halves, source, w, w_tiles, w_scales, a, b, bias, out, low,
                 scale, n_size, k_size, scale_rows, scale_columns,
                 x_row, w_expert, w_n, w_k, s_expert, s_n, s_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
-                RANK, HAS_SOURCE, SCALED, HAS_A, HAS_B, HAS_BIAS, SCALE_OUT, EVEN_K, WHOLE_N,
+                RANK, HAS_SOURCE, X_TILES, W_TILES, K_FIRST, SCALED, HAS_A, HAS_B, HAS_BIAS, SCALE_OUT, EVEN_K, WHOLE_N,
                 ROWS // 2, COLUMNS, STEP, PRECISION,
             )  # fmt: skip
         else:
             project_tile(
                 expert, start, end, column_tile,
-                x, source, w, w_scales, a, b, bias, out, low,
+                x, x_tiles, source, w, w_tiles, w_scales, a, b, bias, out, low,
                 scale, n_size, k_size, scale_rows, scale_columns,
                 x_row, w_expert, w_n, w_k, s_expert, s_n, s_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
-                RANK, HAS_SOURCE, SCALED, HAS_A, HAS_B, HAS_BIAS, SCALE_OUT, EVEN_K, WHOLE_N,
+                RANK, HAS_SOURCE, X_TILES, W_TILES, K_FIRST, SCALED, HAS_A, HAS_B, HAS_BIAS, SCALE_OUT, EVEN_K, WHOLE_N,
                 ROWS, COLUMNS, STEP, PRECISION,
             )  # fmt: skip
 
@@ -169,7 +182,7 @@ _LONGEST_STEP = 128
 FEW_ROWS = 48  # of an expert on average: up to here LoRA A rides along
 LARGE_ROWS = 512  # up to here LoRA A by itself takes small tiles
 HALVED_ROWS = 128  # tiles of so many or more are halved where an expert has no more rows
-MANY_ROWS = 448  # above, descriptors pay
+_GROUP = 4  # row tiles that are taken together
 
 
 def multiplies(weight: ScaledStack) -> bool:
@@ -210,9 +223,6 @@ def project(
         a = None
     elif a is not None and rows > FEW_ROWS * weight.shape[0]:
         low, a = low_rank(x, a, scale, offsets, source), None
-    many = tiles is None and a is None and rows > MANY_ROWS * weight.shape[0]
-    if many and isinstance(weight, Tensor) and takes(x, weight):
-        return project_tma(x, source, weight, b, low, bias, offsets), low
     return _launch(x, source, weight, a, b, scale, low, bias, offsets, tiles, scale_out=False)
 
 
@@ -244,13 +254,29 @@ def _launch(
     out = torch.empty(rows, weight.shape[1], dtype=x.dtype, device=x.device)
     if a is not None:
         low = torch.empty(rows, a.shape[1], dtype=x.dtype, device=x.device)
-    if rows:
-        launch = _of_shapes(
-            rows, x.stride(0), source is not None, codes.shape, codes.stride(), scaling,
-            None if a is None else a.stride(), None if b is None else (b.shape[2], *b.stride()), bias is not None,
-            float(scale), scale_out, x.dtype == torch.float32, x.device, None if tiles is None else (*tiles.items(),),
-        )  # fmt: skip
-        launch(x, source, codes, scales, a, b, bias, offsets, out, low)
+    if rows == 0:
+        return out, low
+    chosen = tiles or _tiles(rows, weight.shape[0], weight.shape[1], x.device, scales is not None)
+    x_tiles = x_halves = w_tiles = None
+    height, columns, step = chosen["ROWS"], chosen["COLUMNS"], chosen["STEP"]
+    if (
+        height >= HALVED_ROWS
+        and columns > 64
+        and scales is None
+        and x.element_size() == 2
+        and has_descriptors(x.device)
+    ):
+        if source is None:
+            x_tiles, x_halves = of_rows(x, height, step), of_rows(x, height // 2, step)
+        if source is None or codes.stride(2) == 1:  # with a gather, transposed weights come as fast by pointers
+            w_tiles = of_stack(codes, columns, step)
+    launch = _of_shapes(
+        rows, x.stride(0), source is not None, codes.shape, codes.stride(), scaling,
+        None if a is None else a.stride(), None if b is None else (b.shape[2], *b.stride()), bias is not None,
+        float(scale), scale_out, x.dtype == torch.float32, x_tiles is not None, w_tiles is not None,
+        tuple(chosen.items()),
+    )  # fmt: skip
+    launch(x, x_tiles, x_halves, source, codes, w_tiles, scales, a, b, bias, offsets, out, low)
     return out, low
 
 
@@ -258,20 +284,22 @@ def _launch(
 def _of_shapes(
     rows: int, x_row: int, has_source: bool, shape: tuple[int, int, int], w_strides: tuple[int, int, int],
     scaling: tuple[int, ...] | None, a_strides: tuple[int, int, int] | None, b: tuple[int, int, int, int] | None,
-    has_bias: bool, scale: float, scale_out: bool, single: bool, device: torch.device,
-    tiles: tuple[tuple[str, int], ...] | None,
+    has_bias: bool, scale: float, scale_out: bool, single: bool, by_x_tiles: bool, by_w_tiles: bool,
+    tiles: tuple[tuple[str, int], ...],
 ) -> Launch:  # fmt: skip
     experts, n_size, k_size = shape
-    chosen = dict(tiles) if tiles else _tiles(rows, experts, n_size, device, scaling is not None)
-    covered, scale_strides = ((1, 1), (0, 0, 0)) if scaling is None else (scaling[:2], scaling[2:])
+    chosen = dict(tiles)
     columns = chosen["COLUMNS"]
+    covered, scale_strides = ((1, 1), (0, 0, 0)) if scaling is None else (scaling[:2], scaling[2:])
+    height = -(-row_tiles(rows, experts, chosen["ROWS"]) // _GROUP) * _GROUP
     return Launch(
-        _project_kernel, (row_tiles(rows, experts, chosen["ROWS"]) * -(-n_size // columns),),
+        _project_kernel, (height * -(-n_size // columns),),
         (scale, n_size, k_size, *covered, x_row, *w_strides, *scale_strides,
          *(a_strides or (0, 0, 0)), *(b[1:] if b else (0, 0, 0))),
         experts=experts, EXPERTS=1 << (experts - 1).bit_length(), RANK=b[0] if b else 16,
-        HAS_SOURCE=has_source, SCALED=scaling is not None, HAS_A=a_strides is not None, HAS_B=b is not None,
+        HAS_SOURCE=has_source, X_TILES=by_x_tiles, W_TILES=by_w_tiles, K_FIRST=w_strides[2] != 1,
+        SCALED=scaling is not None, HAS_A=a_strides is not None, HAS_B=b is not None,
         HAS_BIAS=has_bias, SCALE_OUT=scale_out, EVEN_K=k_size % chosen["STEP"] == 0,
-        WHOLE_N=n_size % 16 == 0 and n_size >= columns, HALVES=chosen["ROWS"] >= HALVED_ROWS,
+        WHOLE_N=n_size % 16 == 0 and n_size >= columns, GROUP=_GROUP, HALVES=chosen["ROWS"] >= HALVED_ROWS,
         PRECISION="ieee" if single else "tf32", **chosen,
     )  # fmt: skip

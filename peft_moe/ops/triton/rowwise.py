@@ -39,10 +39,10 @@ def _low_tile(
     tl.debug_barrier()  # each thread reads what others wrote
     project_tile(
         expert, start, end, 0,
-        x, None, a, None, None, None, None, low, None,
+        x, None, None, a, None, None, None, None, None, low, None,
         scale, RANK, k_size, 1, 1,
         k_size, a_expert, a_r, a_k, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-        RANK, False, False, False, False, False, True, EVEN_K, True, ROWS, RANK, STEP, PRECISION,
+        RANK, False, False, False, False, False, False, False, False, True, EVEN_K, True, ROWS, RANK, STEP, PRECISION,
     )  # fmt: skip
 
 
