@@ -42,7 +42,7 @@ def project_tile(
     if HAS_SOURCE:
         position = tl.load(source + rows, mask=row_mask, other=0).to(tl.int64)
     else:
-        position = tl.where(row_mask, rows, start).to(tl.int64)
+        position = rows.to(tl.int64)
     first_column = column_tile * COLUMNS
     if WHOLE_N:
         # The last tile moves back and computes some columns again: a mask in the address of a transposed weight
