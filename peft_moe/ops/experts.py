@@ -21,6 +21,7 @@ recomputed up to the last saved tensor (`torch.utils.checkpoint`, early stop), s
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -50,8 +51,11 @@ class Projection(NamedTuple):
 
 def pieces_of(backend: str) -> ModuleType:
     """The module whose functions a backend runs; triton is imported only where it runs."""
-    if backend != "triton":
-        return pieces
+    return _kernels() if backend == "triton" else pieces
+
+
+@cache
+def _kernels() -> ModuleType:
     from .triton import pieces as kernels
 
     return kernels
@@ -165,7 +169,7 @@ class _ExpertMLP(torch.autograd.Function):
                 del rows
             del d_pre
             if need_x:
-                d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+                d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
                 run.combine(d_gathered, None, routing, d_x)
         return (
             d_x, d_weights, None, None, d_up_a, d_up_b, None, None, None, d_down_a, d_down_b, None,

@@ -94,21 +94,22 @@ def outer(first: Factor, second: Factor, scale: Tensor | None, order: Tensor, of
 
     Args: scale: contiguous, S numbers in flat order, or `None`. order: `(S,)`. offsets: `(E,)` int32.
     """
-    experts, rank = len(offsets), first.small.shape[1]
+    experts, rank = offsets.shape[0], first.small.shape[1]
+    sides = _side(first), _side(second)
     found = [
-        torch.empty(
-            (experts, rank, big.shape[1]) if transposed else (experts, big.shape[1], rank),
-            dtype=big.dtype, device=big.device,
-        )
-        for big, _, _, transposed in (first, second)
-    ]  # fmt: skip
-    sides = [(one.big.shape[1], one.big.stride(0), one.source is not None, one.transposed) for one in (first, second)]
+        one.big.new_empty(experts, rank, n_size) if transposed else one.big.new_empty(experts, n_size, rank)
+        for one, (n_size, _, _, transposed) in zip((first, second), sides, strict=True)
+    ]
     launch = _of_shapes(experts, rank, *sides, scale is not None, first.big.dtype == torch.float32)
     launch(*first[:3], found[0], *second[:3], found[1], scale, order, offsets)
     return found[0], found[1]
 
 
 _Side = tuple[int, int, bool, bool]
+
+
+def _side(one: Factor) -> _Side:
+    return one.big.shape[1], one.big.stride(0), one.source is not None, one.transposed
 
 
 @once_a_shape

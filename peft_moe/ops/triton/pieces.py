@@ -48,6 +48,8 @@ def gather(x: Tensor, source: Tensor) -> Rows:
 
 def operand(stack: FrozenStack, rows: int, transposed: bool) -> Tensor | ScaledStack:
     """The codes of a stack where so few rows an expert multiply them faster than they are dequantized."""
+    if isinstance(stack, Tensor):
+        return stack.mT if transposed else stack
     codes = _codes(stack, rows, transposed)
     return plain.operand(stack, rows, transposed) if codes is None else codes
 

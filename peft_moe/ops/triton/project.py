@@ -251,9 +251,9 @@ def _launch(
         scaling = (weight.rows, weight.columns, *scales.stride())
     else:
         codes = weight
-    out = torch.empty(rows, weight.shape[1], dtype=x.dtype, device=x.device)
+    out = x.new_empty(rows, weight.shape[1])
     if a is not None:
-        low = torch.empty(rows, a.shape[1], dtype=x.dtype, device=x.device)
+        low = x.new_empty(rows, a.shape[1])
     if rows == 0:
         return out, low
     chosen = tiles or _tiles(rows, weight.shape[0], weight.shape[1], x.device, scales is not None)

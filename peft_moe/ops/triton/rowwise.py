@@ -78,10 +78,6 @@ _FORWARD = {"ROWS": 16, "BLOCK": 256, "STEP": 64, "num_warps": 4, "num_stages": 
 _BACKWARD = {"ROWS": 32, "BLOCK": 128, "STEP": 128, "num_warps": 8, "num_stages": 3}
 
 
-def _empty_low(rows: int, a: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if a is None else torch.empty(rows, a.shape[1], dtype=like.dtype, device=like.device)
-
-
 def gated(
     form: GatedSwish, pre: Tensor, a: Tensor | None, scale: float, offsets: Tensor
 ) -> tuple[Tensor, Tensor | None]:
@@ -92,8 +88,8 @@ def gated(
     Returns: hidden `(S, I)` and low `(S, R)`; rows past `offsets[-1]` are not written.
     """
     rows, inner = pre.shape[0], pre.shape[1] // 2
-    hidden = torch.empty(rows, inner, dtype=pre.dtype, device=pre.device)
-    low = _empty_low(rows, a, pre)
+    hidden = pre.new_empty(rows, inner)
+    low = None if a is None else pre.new_empty(rows, a.shape[1])
     if rows:
         factor = None if a is None else (a.shape[1], *a.stride())
         launch = _forward(form, rows, inner, offsets.shape[0], factor, float(scale), pre.dtype == torch.float32)
@@ -201,7 +197,7 @@ def gated_backward(
     """
     rows, inner = d_hidden.shape
     dots = torch.empty(rows, dtype=dots_dtype, device=pre.device)
-    low = _empty_low(rows, b, pre)
+    low = None if b is None else pre.new_empty(rows, b.shape[1])
     if rows:
         factor = None if b is None else (b.shape[1], *b.stride())
         launch = _backward(form, rows, inner, offsets.shape[0], factor, float(scale), pre.dtype == torch.float32)
