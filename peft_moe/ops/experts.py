@@ -61,54 +61,54 @@ def _kernels() -> ModuleType:
     return kernels
 
 
+class _Call(NamedTuple):
+    """What a call is made of besides the tensors that may need gradients.
+
+    Attributes: halfway: receives hidden and its low-rank product, for `_finish`; `None`: finish within the function.
+    """
+
+    up: Projection
+    down: Projection
+    routing: Routing
+    activation: Activation
+    backend: str
+    dtype: torch.dtype
+    halfway: list[tuple[Tensor, Tensor | None]] | None
+
+
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         weights: Tensor,
-        up_weight: FrozenStack,
-        up_bias: Tensor | None,
         up_a: Tensor | None,
         up_b: Tensor | None,
-        up_scale: float,
-        down_weight: FrozenStack,
-        down_bias: Tensor | None,
         down_a: Tensor | None,
         down_b: Tensor | None,
-        down_scale: float,
-        order: Tensor,
-        source: Tensor,
-        inverse: Tensor,
-        experts: Tensor,
-        offsets: Tensor,
-        valid: Tensor | None,
-        activation: Activation,
-        backend: str,
-        dtype: torch.dtype,
-        halfway: list[tuple[Tensor, Tensor | None]] | None,
+        call: _Call,
     ) -> Tensor:
+        up, down, routing, activation, backend, dtype, halfway = call
         run = pieces_of(backend)
-        routing = Routing(order, source, inverse, experts, offsets, weights.shape[1], valid)
-        stack = run.operand(up_weight, len(source), False)
-        pre, up_low = run.project(run.gather(x, source), stack, up_a, up_b, up_scale, None, up_bias, routing, backend)
+        order, source, inverse, experts, offsets, _, valid = routing
+        stack = run.operand(up.weight, len(source), False)
+        pre, up_low = run.project(run.gather(x, source), stack, up_a, up_b, up.scale, None, up.bias, routing, backend)
         del stack
-        hidden, down_low = run.activate_rows(activation, pre, down_a, down_scale, routing, backend)
+        hidden, down_low = run.activate_rows(activation, pre, down_a, down.scale, routing, backend)
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
         if halfway is None:
-            down = Projection(down_weight, down_bias, down_a, down_b)
-            _finish([(hidden, down_low)], down, weights, routing, backend, out)
+            _finish([(hidden, down_low)], down._replace(b=down_b), weights, routing, backend, out)
         else:
             halfway.append((hidden, down_low))
 
         ctx.backend, ctx.activation = backend, activation
-        ctx.up_scale, ctx.down_scale = up_scale, down_scale
-        up_tensor, down_tensor = isinstance(up_weight, Tensor), isinstance(down_weight, Tensor)
-        ctx.up_stack = None if up_tensor else up_weight
-        ctx.down_stack = None if down_tensor else down_weight
+        ctx.up_scale, ctx.down_scale, ctx.top_k = up.scale, down.scale, routing.top_k
+        up_tensor, down_tensor = isinstance(up.weight, Tensor), isinstance(down.weight, Tensor)
+        ctx.up_stack = None if up_tensor else up.weight
+        ctx.down_stack = None if down_tensor else down.weight
         ctx.save_for_backward(
-            x, weights, pre, up_low, down_low, up_a, up_b, down_a, down_b, down_bias,
-            up_weight if up_tensor else None, down_weight if down_tensor else None,
+            x, weights, pre, up_low, down_low, up_a, up_b, down_a, down_b, down.bias,
+            up.weight if up_tensor else None, down.weight if down_tensor else None,
             order, source, inverse, experts, offsets, valid,
         )  # fmt: skip
         return out
@@ -121,9 +121,9 @@ class _ExpertMLP(torch.autograd.Function):
             up_weight, down_weight, order, source, inverse, experts, offsets, valid,
         ) = ctx.saved_tensors  # fmt: skip
         backend, run = ctx.backend, pieces_of(ctx.backend)
-        need_x, need_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        need_up = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
-        routing = Routing(order, source, inverse, experts, offsets, weights.shape[1], valid)
+        need_x, need_weights, need_up_a, need_up_b, need_down_a, need_down_b, _ = ctx.needs_input_grad
+        need_up = need_up_a or need_up_b
+        routing = Routing(order, source, inverse, experts, offsets, ctx.top_k, valid)
 
         d_out = grads[0].to(x.dtype)
         d_rows = run.gather(d_out, source)  # before weighting
@@ -145,7 +145,7 @@ class _ExpertMLP(torch.autograd.Function):
         d_up_b: Tensor | None = None
         d_weights: Tensor | None = None
         d_x: Tensor | None = None
-        if ctx.needs_input_grad[9] or ctx.needs_input_grad[10]:
+        if need_down_a or need_down_b:
             d_down_a, d_down_b = run.factor_gradients(
                 (hidden, None), d_down_low, d_rows, down_low, weights, routing, backend
             )
@@ -171,10 +171,7 @@ class _ExpertMLP(torch.autograd.Function):
             if need_x:
                 d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
                 run.combine(d_gathered, None, routing, d_x)
-        return (
-            d_x, d_weights, None, None, d_up_a, d_up_b, None, None, None, d_down_a, d_down_b, None,
-            None, None, None, None, None, None, None, None, None, None,
-        )  # fmt: skip
+        return d_x, d_weights, d_up_a, d_up_b, d_down_a, d_down_b, None
 
 
 def _finish(
@@ -218,10 +215,8 @@ def expert_mlp(
     Returns: `(T, H)`. Differentiable in x, weights and the adapters, never in the frozen tensors.
     """
     halfway: list[tuple[Tensor, Tensor | None]] | None = None if torch.compiler.is_compiling() else []
-    out = _ExpertMLP.apply(
-        x, weights, *up, *down, routing.order, routing.source, routing.inverse, routing.experts, routing.offsets,
-        routing.valid, activation, backend, dtype, halfway,
-    )  # fmt: skip
+    call = _Call(up, down, routing, activation, backend, dtype, halfway)
+    out = _ExpertMLP.apply(x, weights, up.a, up.b, down.a, down.b, call)
     if halfway:
         with torch.no_grad():
             _finish(halfway, down, weights, routing, backend, out)

@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from peft_moe.ops import experts as experts_module
 from peft_moe.ops.activation import SILU_GATED, GatedSwish, activate
 from peft_moe.ops.backends import padded_rank
 from peft_moe.ops.experts import Projection, expert_mlp
 from peft_moe.ops.linear import frozen_linear, lora_linear
-from peft_moe.ops.routing import Gather, combine, mask_rows, route
+from peft_moe.ops.routing import Gather, Routing, combine, mask_rows, route
 from tests.ops import loops
 from tests.ops.cases import Case, assert_close, cases, few, poisoned
 
@@ -200,3 +202,34 @@ def test_second_derivative_is_refused() -> None:
     out = expert_mlp(x, case.weights, routing, up, down, SILU_GATED, "auto", torch.float32)
     with pytest.raises(RuntimeError, match="second derivatives"):
         torch.autograd.grad(out.square().sum(), x, create_graph=True)
+
+
+def test_a_checkpointed_layer_runs_its_second_projection_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is saved after hidden, so the recomputation stops there; the gradients are the same bits."""
+    runs: list[Tensor] = []
+    finish = experts_module._finish
+
+    def counted(*args: object) -> None:
+        runs.append(args[0])  # type: ignore[arg-type]
+        finish(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(experts_module, "_finish", counted)
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        case = plain_case(4, tokens=6, top_k=2)
+        x = case.x.requires_grad_()
+        up, down = leaves(case.up, True, case.backend), leaves(case.down, True, case.backend)
+        routing = route(case.index, 4, sentinels=False)
+
+        def layer(x: Tensor, up: Projection = up, down: Projection = down, routing: Routing = routing) -> Tensor:
+            weights = case.weights * x.sum()  # noqa: B023 - of this turn
+            return x + expert_mlp(x, weights, routing, up, down, SILU_GATED, "auto", torch.float32)
+
+        runs.clear()
+        out = checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
+        out.square().sum().backward()
+        assert len(runs) == 1
+        found.append((out, x.grad, up.a.grad, up.b.grad, down.a.grad, down.b.grad))
+    for left, right in zip(*found, strict=True):
+        assert torch.equal(left, right)
