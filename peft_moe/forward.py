@@ -16,7 +16,7 @@ from .ops.experts import Projection, expert_mlp, pieces_of
 from .ops.linear import frozen_linear, lora_linear, stack_tensor
 from .ops.routing import Gather, Routing, combine, has_sentinels, mask_rows, route
 from .placement import build_onloaded
-from .routed import only_routed
+from .routed import only_routed, pick
 
 if TYPE_CHECKING:
     from .frozen import FrozenExperts
@@ -110,10 +110,15 @@ def run_experts(
             rank = max([_rank(layer, projection, names) for projection in spec.projections])  # a list: Dynamo
             backend = choose(layer.backend, x.device, dtype, rank, spec.num_experts)
             routing = pieces_of(backend).route(index, spec.num_experts, sentinels)
-            both = [_joined(layer, projection, names, dtype, backend) for projection in spec.projections]
-            routing, (first, second) = only_routed(layer, routing, both, dtype, backend)
+            routing, slots = only_routed(layer, routing, dtype, backend)
+
+            def joined(projection: ProjectionSpec) -> Projection:
+                one = _joined(layer, projection, names, dtype, backend)
+                return one if slots is None else pick(one, layer.stores[projection.name], slots, dtype)
+
+            up, down = spec.projections
             gate = spec.closed_form if spec.closed_form else lambda pre: activation(layer, pre)
-            return expert_mlp(x, weights, routing, first, second, gate, backend, out_dtype)
+            return expert_mlp(x, weights, routing, joined(up), lambda: joined(down), gate, backend, out_dtype)
         routing = route(index, spec.num_experts, sentinels)
         rows = Gather.apply(x, routing.source, routing.inverse, routing.top_k, routing.valid)
         row_adapter = _row_adapter(layer, names, x.shape[0], routing, copies)

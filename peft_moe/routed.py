@@ -23,27 +23,26 @@ def pays(rows: int, experts: int) -> bool:
     return 0 < rows and min(rows, experts) * MARGIN <= experts
 
 
-def only_routed(
-    layer: Experts, routing: Routing, projections: list[Projection], dtype: torch.dtype, backend: str
-) -> tuple[Routing, list[Projection]]:
-    """Routing and projections of the experts that have rows; those given, where that does not pay or cannot be done.
+def only_routed(layer: Experts, routing: Routing, dtype: torch.dtype, backend: str) -> tuple[Routing, Tensor | None]:
+    """Routing among the experts that have rows, and which these are (see `compact`).
 
-    Without gradients only (decoding): the backward pass would have to build and scatter the same selection.
+    The routing that is given and `None` where that does not pay or cannot be done. Without gradients only (decoding):
+    the backward pass would have to build and scatter the same selection.
     """
-    experts = layer.spec.num_experts
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not pays(routing.experts.numel(), experts):
-        return routing, projections
-    stores: list[Any] = [layer.stores[one.name] for one in layer.spec.projections]
-    if any(store.keep_built or not getattr(store, "builds_some", False) for store in stores):
-        return routing, projections
-    rows = routing.experts.numel()
-    if all(pieces_of(backend).reads_codes(one.weight, rows) for one in projections):
-        return routing, projections  # nothing is dequantized
-    routing, slots = compact(routing, experts)
-    return routing, [_pick(one, store, slots, dtype) for one, store in zip(projections, stores, strict=True)]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return routing, None
+    experts, rows = layer.spec.num_experts, routing.experts.numel()
+    stores: list[Any] = list(layer.stores.values())
+    if not pays(rows, experts) or any(store.keep_built or not getattr(store, "builds_some", False) for store in stores):
+        return routing, None
+    run = pieces_of(backend)
+    if all(store.dtype == dtype and run.reads_codes(store.frozen(), rows) for store in stores):
+        return routing, None  # nothing is dequantized
+    return compact(routing, experts)
 
 
-def _pick(projection: Projection, store: Any, slots: Tensor, dtype: torch.dtype) -> Projection:
+def pick(projection: Projection, store: Any, slots: Tensor, dtype: torch.dtype) -> Projection:
+    """The same for the experts of `slots` alone, whose weights are built when they are used."""
     bias, a, b = (
         None if tensor is None else tensor.index_select(0, slots)
         for tensor in (projection.bias, projection.a, projection.b)

@@ -15,12 +15,14 @@ No dense delta of a weight and no weight gradient is ever formed. Kept for backw
 routing, G (S, N) and the two low-rank products (S, R); the gathered X and h are rebuilt. Where the graph is not kept
 for another backward, dG takes the place of G.
 
-The second projection comes after everything is saved, outside the function. A layer under gradient checkpointing is
-recomputed up to the last saved tensor (`torch.utils.checkpoint`, early stop), so its second projection runs once.
+The first projection runs before the function, which keeps what the backward needs, and the second one after it. A layer
+under gradient checkpointing is recomputed up to the last tensor that is saved (`torch.utils.checkpoint`, early stop),
+so its second projection runs once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -62,21 +64,25 @@ def _kernels() -> ModuleType:
 
 
 class _Call(NamedTuple):
-    """What a call is made of besides the tensors that may need gradients.
+    """What a call is made of besides the tensors that may need gradients; `pre` is G."""
 
-    Attributes: halfway: receives hidden and its low-rank product, for `_finish`; `None`: finish within the function.
-    """
-
+    pre: Tensor
+    up_low: Tensor | None
+    down_low: Tensor | None
     up: Projection
     down: Projection
     routing: Routing
     activation: Activation
     backend: str
     dtype: torch.dtype
-    halfway: list[tuple[Tensor, Tensor | None]] | None
 
 
 class _ExpertMLP(torch.autograd.Function):
+    """Keeps what the backward needs of a call whose first half has run.
+
+    Returns the result `(T, H)`: yet to be filled, or finished where it is given the hidden rows.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -87,30 +93,23 @@ class _ExpertMLP(torch.autograd.Function):
         down_a: Tensor | None,
         down_b: Tensor | None,
         call: _Call,
+        hidden: Tensor | None,
     ) -> Tensor:
-        up, down, routing, activation, backend, dtype, halfway = call
-        run = pieces_of(backend)
-        order, source, inverse, experts, offsets, _, valid = routing
-        stack = run.operand(up.weight, len(source), False)
-        pre, up_low = run.project(run.gather(x, source), stack, up_a, up_b, up.scale, None, up.bias, routing, backend)
-        del stack
-        hidden, down_low = run.activate_rows(activation, pre, down_a, down.scale, routing, backend)
-        out = torch.empty(x.shape, dtype=dtype, device=x.device)
-        if halfway is None:
-            _finish([(hidden, down_low)], down._replace(b=down_b), weights, routing, backend, out)
-        else:
-            halfway.append((hidden, down_low))
-
-        ctx.backend, ctx.activation = backend, activation
-        ctx.up_scale, ctx.down_scale, ctx.top_k = up.scale, down.scale, routing.top_k
+        up, down = call.up, call.down
+        order, source, inverse, experts, offsets, top_k, valid = call.routing
+        ctx.backend, ctx.activation, ctx.top_k = call.backend, call.activation, top_k
+        ctx.up_scale, ctx.down_scale = up.scale, down.scale
         up_tensor, down_tensor = isinstance(up.weight, Tensor), isinstance(down.weight, Tensor)
         ctx.up_stack = None if up_tensor else up.weight
         ctx.down_stack = None if down_tensor else down.weight
         ctx.save_for_backward(
-            x, weights, pre, up_low, down_low, up_a, up_b, down_a, down_b, down.bias,
+            x, weights, call.pre, call.up_low, call.down_low, up_a, up_b, down_a, down_b, down.bias,
             up.weight if up_tensor else None, down.weight if down_tensor else None,
             order, source, inverse, experts, offsets, valid,
         )  # fmt: skip
+        out = torch.empty(x.shape, dtype=call.dtype, device=x.device)
+        if hidden is not None:
+            _finish([hidden], call.down_low, down, weights, call.routing, call.backend, out)
         return out
 
     @staticmethod
@@ -121,7 +120,7 @@ class _ExpertMLP(torch.autograd.Function):
             up_weight, down_weight, order, source, inverse, experts, offsets, valid,
         ) = ctx.saved_tensors  # fmt: skip
         backend, run = ctx.backend, pieces_of(ctx.backend)
-        need_x, need_weights, need_up_a, need_up_b, need_down_a, need_down_b, _ = ctx.needs_input_grad
+        need_x, need_weights, need_up_a, need_up_b, need_down_a, need_down_b, *_ = ctx.needs_input_grad
         need_up = need_up_a or need_up_b
         routing = Routing(order, source, inverse, experts, offsets, ctx.top_k, valid)
 
@@ -171,20 +170,21 @@ class _ExpertMLP(torch.autograd.Function):
             if need_x:
                 d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
                 run.combine(d_gathered, None, routing, d_x)
-        return d_x, d_weights, d_up_a, d_up_b, d_down_a, d_down_b, None
+        return d_x, d_weights, d_up_a, d_up_b, d_down_a, d_down_b, None, None
 
 
 def _finish(
-    halfway: list[tuple[Tensor, Tensor | None]],
+    halfway: list[Tensor],
+    low: Tensor | None,
     down: Projection,
     weights: Tensor,
     routing: Routing,
     backend: str,
     out: Tensor,
 ) -> None:
-    """The second projection and the weighted sum, into out; takes hidden and its low-rank product from `halfway`."""
+    """The second projection and the weighted sum, into out; takes the hidden rows out of `halfway`."""
     run = pieces_of(backend)
-    hidden, low = halfway.pop()
+    hidden = halfway.pop()
     weight = run.operand(down.weight, hidden.shape[0], False)
     rows, _ = run.project((hidden, None), weight, None, down.b, 1.0, low, down.bias, routing, backend)
     del hidden, weight
@@ -200,7 +200,7 @@ def expert_mlp(
     weights: Tensor,
     routing: Routing,
     up: Projection,
-    down: Projection,
+    down: Projection | Callable[[], Projection],
     activation: Activation,
     backend: str,
     dtype: torch.dtype,
@@ -209,15 +209,31 @@ def expert_mlp(
 
     Args:
         x: `(T, H)` in the compute dtype. weights: `(T, k)` routing weights, any floating dtype.
-        up, down: the two projections; their tensors in the compute dtype.
+        up, down: the two projections; their tensors in the compute dtype. What makes the second one is called while
+            the device runs the first.
         activation: see `ops.activation`. backend: as `ops.backends.choose` gives it. dtype: of the result.
 
     Returns: `(T, H)`. Differentiable in x, weights and the adapters, never in the frozen tensors.
     """
-    halfway: list[tuple[Tensor, Tensor | None]] | None = None if torch.compiler.is_compiling() else []
-    call = _Call(up, down, routing, activation, backend, dtype, halfway)
-    out = _ExpertMLP.apply(x, weights, up.a, up.b, down.a, down.b, call)
-    if halfway:
-        with torch.no_grad():
-            _finish(halfway, down, weights, routing, backend, out)
+    run, count = pieces_of(backend), routing.source.shape[0]
+    with torch.no_grad():
+        stack = run.operand(up.weight, count, False)
+        rows = run.gather(x, routing.source)
+        pre, up_low = run.project(rows, stack, up.a, up.b, up.scale, None, up.bias, routing, backend)
+        del stack, rows
+    second = down() if callable(down) else down
+    with torch.no_grad():
+        hidden, down_low = run.activate_rows(activation, pre, second.a, second.scale, routing, backend)
+    call = _Call(pre, up_low, down_low, up, second, routing, activation, backend, dtype)
+    halfway = [hidden]
+    del hidden, pre
+    if torch.compiler.is_compiling():  # a graph is not stopped halfway, and would not see who fills the result
+        return _ExpertMLP.apply(x, weights, up.a, up.b, second.a, second.b, call, halfway.pop())
+    if torch.is_grad_enabled():
+        out = _ExpertMLP.apply(x, weights, up.a, up.b, second.a, second.b, call, None)
+    else:
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    del call
+    with torch.no_grad():
+        _finish(halfway, down_low, second, weights, routing, backend, out)
     return out
