@@ -268,7 +268,8 @@ def _launch(
     ):
         if source is None:
             x_tiles, x_halves = of_rows(x, height, step), of_rows(x, height // 2, step)
-        if source is None or codes.stride(2) == 1:  # with a gather, transposed weights come as fast by pointers
+        # With a gather, transposed weights of whole tiles come as fast by pointers.
+        if source is None or codes.stride(2) == 1 or weight.shape[1] % columns:
             w_tiles = of_stack(codes, columns, step)
     launch = _of_shapes(
         rows, x.stride(0), source is not None, codes.shape, codes.stride(), scaling,

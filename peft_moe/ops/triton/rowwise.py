@@ -22,12 +22,34 @@ from .tiles import find_tile, row_tiles
 
 
 @triton.jit
-def _gate_and_up(pre, rows, columns, mask, inner, INTERLEAVED: tl.constexpr):
-    """Both in fp32."""
-    at = pre + rows * 2 * inner + (2 * columns if INTERLEAVED else columns)
-    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(at + (1 if INTERLEAVED else inner), mask=mask, other=0.0).to(tl.float32)
-    return gate, up
+def _gate_and_up(
+    pre, row, row_mask, first, inner, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Both in fp32, `(ROWS, BLOCK)`, from column `first` on."""
+    if INTERLEAVED:
+        column = (2 * first + tl.arange(0, 2 * BLOCK))[None, :]
+        both = tl.load(pre + row * 2 * inner + column, mask=row_mask & (column < 2 * inner), other=0.0)
+        gate, up = tl.split(tl.reshape(both, (ROWS, BLOCK, 2)))
+    else:
+        column = (first + tl.arange(0, BLOCK))[None, :]
+        mask = row_mask & (column < inner)
+        gate = tl.load(pre + row * 2 * inner + column, mask=mask, other=0.0)
+        up = tl.load(pre + row * 2 * inner + inner + column, mask=mask, other=0.0)
+    return gate.to(tl.float32), up.to(tl.float32)
+
+
+@triton.jit
+def _store_gate_and_up(
+    pre, row, row_mask, first, inner, gate, up, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    if INTERLEAVED:
+        column = (2 * first + tl.arange(0, 2 * BLOCK))[None, :]
+        tl.store(pre + row * 2 * inner + column, tl.interleave(gate, up), mask=row_mask & (column < 2 * inner))
+    else:
+        column = (first + tl.arange(0, BLOCK))[None, :]
+        mask = row_mask & (column < inner)
+        tl.store(pre + row * 2 * inner + column, gate, mask=mask)
+        tl.store(pre + row * 2 * inner + inner + column, up, mask=mask)
 
 
 @triton.jit
@@ -62,7 +84,7 @@ def _gated_kernel(
         for first in range(0, inner, BLOCK):
             column = (first + tl.arange(0, BLOCK))[None, :]
             mask = row_mask & (column < inner)
-            gate, up = _gate_and_up(pre, row, column, mask, inner, INTERLEAVED)
+            gate, up = _gate_and_up(pre, row, row_mask, first, inner, INTERLEAVED, ROWS, BLOCK)
             if LIMIT > 0:
                 gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
             value = gate * tl.sigmoid(ALPHA * gate) * (up + SHIFT)
@@ -141,7 +163,7 @@ def _gated_backward_kernel(
         for first in range(0, inner, BLOCK):
             column = (first + tl.arange(0, BLOCK))[None, :]
             mask = row_mask[:, None] & (column < inner)
-            gate, up = _gate_and_up(pre, row, column, mask, inner, INTERLEAVED)
+            gate, up = _gate_and_up(pre, row, row_mask[:, None], first, inner, INTERLEAVED, ROWS, BLOCK)
             grad = tl.load(d_hidden + row * inner + column, mask=mask, other=0.0).to(tl.float32)
             gate_moves, up_moves = 1.0, 1.0
             if LIMIT > 0:
@@ -159,9 +181,8 @@ def _gated_backward_kernel(
             # pre may lie where d_pre does, and hidden takes the place of d_hidden: all threads have read before one
             # writes.
             tl.debug_barrier()
-            d_at = d_pre + row * 2 * inner + (2 * column if INTERLEAVED else column)
-            tl.store(d_at, d_gate.to(d_pre.dtype.element_ty), mask=mask)
-            tl.store(d_at + (1 if INTERLEAVED else inner), d_up.to(d_pre.dtype.element_ty), mask=mask)
+            d_gate, d_up = d_gate.to(d_pre.dtype.element_ty), d_up.to(d_pre.dtype.element_ty)
+            _store_gate_and_up(d_pre, row, row_mask[:, None], first, inner, d_gate, d_up, INTERLEAVED, BLOCK)
             tl.store(d_hidden + row * inner + column, value.to(d_hidden.dtype.element_ty), mask=mask)
         tl.store(dots + place, dot.to(dots.dtype.element_ty), mask=row_mask)
         if HAS_A:
