@@ -19,10 +19,19 @@ def nf4() -> BnbExpertsConfig:
     )  # fmt: skip
 
 
+def _warm_up(step: Callable[[], None], device: torch.device) -> None:
+    """Three steps; on a GPU for 0.3 s, until its clocks have risen and the interpreter has settled."""
+    start, done = time.perf_counter(), 0
+    while done < 3 or (device.type == "cuda" and time.perf_counter() - start < 0.3):
+        step()
+        done += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+
 def measure(step: Callable[[], None], device: torch.device, repeats: int) -> tuple[float, float]:
     """(median milliseconds, peak MiB above what is resident) of a step."""
-    for _ in range(3):
-        step()
+    _warm_up(step, device)
     if device.type != "cuda":
         times = []
         for _ in range(repeats):
