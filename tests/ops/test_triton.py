@@ -151,6 +151,19 @@ def test_route(data: st.DataObject) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("tokens", [40, 9000])
+def test_route_of_a_view(tokens: int) -> None:
+    """One column of several, and one number for all: flat views whose stride is not one."""
+    from peft_moe.ops.routing import route
+    from peft_moe.ops.triton.routing import route as by_counting
+
+    for index in (torch.randint(0, 5, (tokens, 3))[:, 1:2], torch.tensor([[3]]).expand(tokens, 1)):
+        found, wanted = by_counting(index, 5, False), route(index, 5, False)
+        for name in ("order", "source", "inverse", "experts", "offsets"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+
+
+@interpreted
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("rows", "columns"), [(16, 32), (1, 64), (72, 64), (24, 16)])
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])

@@ -106,7 +106,7 @@ def _place_kernel(
 
 def route(index: Tensor, num_experts: int, sentinels: bool) -> Routing:
     """See `ops.routing.route`: the same result, bit for bit."""
-    top_k, flat = index.shape[-1], index.reshape(-1)
+    top_k, flat = index.shape[-1], index.reshape(-1).contiguous()  # one column of several stays a view
     total, device = flat.numel(), index.device
     order, source, inverse, experts = torch.empty(4, total, dtype=torch.int64, device=device).unbind()
     offsets = torch.empty(num_experts, dtype=torch.int32, device=device)
