@@ -66,9 +66,12 @@ def pack(padded: Tensor, settings: AdapterSettings) -> Tensor:
 
 
 def _parameter(parameters: nn.ParameterDict, name: str) -> Tensor:
-    """`parameters[name]`, which asks three times over and costs as much as a kernel launch."""
-    found = parameters._parameters.get(name)
-    return parameters[name] if found is None else found
+    """`parameters[name]`, which asks three times over and costs as much as a kernel launch.
+
+    By item, as `nn.Module` asks: DeepSpeed's ZeRO-3 has a dict there that gathers what is asked for.
+    """
+    held: dict[str, Any] = parameters._parameters
+    return held[name] if name in held else parameters[name]
 
 
 def slot_factors(

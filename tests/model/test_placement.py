@@ -126,6 +126,35 @@ def test_weights_come_through_their_hooks(name: str, off: str, tmp_path: Path) -
         assert all(getattr(store, "stack", None) is None for store in layer.stores.values())
 
 
+class _Gathering(dict[str, nn.Parameter]):
+    """What DeepSpeed's ZeRO-3 puts in the place of a module's parameters: empty ones, whole once asked for by name."""
+
+    def __init__(self, whole: dict[str, nn.Parameter]) -> None:
+        super().__init__({name: nn.Parameter(torch.empty(0)) for name in whole})
+        self.whole = {name: parameter.data for name, parameter in whole.items()}
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        found = super().__getitem__(name)
+        found.data = self.whole[name]
+        return found
+
+
+def test_adapters_that_are_gathered_where_they_are_asked_for() -> None:
+    model = adapted(ENTRIES["qwen3_moe"].build())
+    expected = run(model)
+    total(expected).backward()
+    grads = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    for layer in experts_of(model):
+        for module in layer.modules():
+            if isinstance(module, nn.ParameterDict):
+                module._parameters = _Gathering(module._parameters)  # type: ignore[assignment]
+    found = run(model)
+    assert torch.equal(found, expected)
+    total(found).backward()
+    for name, one in model.named_parameters():
+        assert name not in grads or torch.equal(one.grad, grads[name]), name
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_offloaded_adapters_run_and_do_not_train(name: str, tmp_path: Path) -> None:
     """A model that is dispatched with its adapters: their dicts of factors get hooks, too."""
