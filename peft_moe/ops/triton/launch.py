@@ -22,6 +22,7 @@ except ImportError:  # before Triton 3.4
 
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _CHECKED = ((3, 4), (3, 9))  # versions of Triton whose compiled kernels are called as `_run` does
+_BY_SIZE = torch.version.hip is not None  # AMD's compiler addresses memory of less than 2 GB by 32 bits
 _versions: dict[tuple[Any, ...], Any] = {}
 once_a_shape = lru_cache(4096)  # for functions that make a `Launch`
 
@@ -62,6 +63,8 @@ class Launch:
                 kinds.append(tuple(one.block_shape))  # type: ignore[arg-type]
         if addresses % 16:
             kinds += [one.data_ptr() % 16 for one in tensors if isinstance(one, Tensor)]
+        if _BY_SIZE:
+            kinds += [one.untyped_storage().size() < 2**31 for one in tensors if isinstance(one, Tensor)]
         key = tuple(kinds)
         version = self._found.get(key)
         if version is None:
