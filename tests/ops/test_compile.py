@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,10 @@ from peft_moe.ops.activation import GatedSwish
 from peft_moe.ops.experts import Projection, expert_mlp, pieces_of
 
 pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a device the kernels run: tests/gpu")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on a device the kernels run: tests/gpu"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+]
 
 
 @pytest.fixture(params=[80, 90])
