@@ -188,6 +188,10 @@ def _finish(
     weight = run.operand(down.weight, hidden.shape[0], False)
     rows, _ = run.project((hidden, None), weight, None, down.b, 1.0, low, down.bias, routing, backend)
     del hidden, weight
+    if rows.shape[1] != out.shape[1]:
+        raise ValueError(
+            f"the experts take rows of {out.shape[1]} and give rows of {rows.shape[1]}: these must be equal"
+        )
     run.combine(rows, weights, routing, out)
 
 

@@ -89,7 +89,7 @@ def activate_rows(
     """One pass for a gated swish, LoRA A inside."""
     if isinstance(activation, GatedSwish):
         return rowwise.gated(activation, pre, a, scale, routing.offsets)
-    hidden = activate(activation, pre)
+    hidden = activate(activation, pre).contiguous()
     return hidden, None if a is None else low_rank(hidden, a, scale, routing.offsets)
 
 
@@ -108,6 +108,7 @@ def activate_rows_backward(
     """One pass for a gated swish, in place, LoRA B inside."""
     if not isinstance(activation, GatedSwish):
         d_pre, dots, hidden = plain.activation_gradients(activation, pre, d_hidden, weights, routing)
+        d_pre, hidden = d_pre.contiguous(), hidden.contiguous()
         return d_pre, None if b is None else low_rank(d_pre, b, scale, routing.offsets), dots.to(dots_dtype), hidden
     weights, d_pre = weights.contiguous(), pre if overwrite else torch.empty_like(pre)
     dots, low = rowwise.gated_backward(

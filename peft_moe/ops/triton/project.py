@@ -13,6 +13,7 @@ works for follows from the offsets on the device: nothing waits for the host.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -71,8 +72,7 @@ def project_tile(
             x_tile = tl.load(x_at, mask=inside, other=0.0)
             x_at += STEP
         if W_TILES:
-            # Past an expert's edge lie the weights of the next: those columns are not stored, and steps past K meet
-            # zeros of x.
+            # Past an expert's edge lie the weights of the next: those columns are not stored. Past K of all lie zeros.
             if K_FIRST:
                 w_tile = w_tiles.load([expert * k_size + k, first_column])
             else:
@@ -257,20 +257,10 @@ def _launch(
     if rows == 0:
         return out, low
     chosen = tiles or _tiles(rows, weight.shape[0], weight.shape[1], x.device, scales is not None)
+    by_tiles = scales is None and chosen["ROWS"] >= HALVED_ROWS and chosen["COLUMNS"] > 64 and x.element_size() == 2
     x_tiles = x_halves = w_tiles = None
-    height, columns, step = chosen["ROWS"], chosen["COLUMNS"], chosen["STEP"]
-    if (
-        height >= HALVED_ROWS
-        and columns > 64
-        and scales is None
-        and x.element_size() == 2
-        and has_descriptors(x.device)
-    ):
-        if source is None:
-            x_tiles, x_halves = of_rows(x, height, step), of_rows(x, height // 2, step)
-        # With a gather, transposed weights of whole tiles come as fast by pointers.
-        if source is None or codes.stride(2) == 1 or weight.shape[1] % columns:
-            w_tiles = of_stack(codes, columns, step)
+    if by_tiles and has_descriptors(x.device):
+        x_tiles, x_halves, w_tiles = _descriptors(x, source, codes, chosen)
     launch = _of_shapes(
         rows, x.stride(0), source is not None, codes.shape, codes.stride(), scaling,
         None if a is None else a.stride(), None if b is None else (b.shape[2], *b.stride()), bias is not None,
@@ -279,6 +269,21 @@ def _launch(
     )  # fmt: skip
     launch(x, x_tiles, x_halves, source, codes, w_tiles, scales, a, b, bias, offsets, out, low)
     return out, low
+
+
+def _descriptors(x: Tensor, source: Tensor | None, weight: Tensor, tiles: dict[str, int]) -> tuple[Any, Any, Any]:
+    """Of tiles of rows, of half as many rows, and of weights; `None` for what comes by pointers."""
+    height, columns, step = tiles["ROWS"], tiles["COLUMNS"], tiles["STEP"]
+    x_tiles = x_halves = w_tiles = None
+    if source is None:
+        x_tiles, x_halves = of_rows(x, height, step), of_rows(x, height // 2, step)
+    _, n_size, k_size = weight.shape
+    k_first = weight.stride(2) != 1
+    # Transposed weights: past K such a tile holds those of the next expert, which zeros of x do not hide if they are
+    # infinite; and with a gather, whole tiles come as fast by pointers.
+    if not k_first or (k_size % step == 0 and (source is None or n_size % columns)):
+        w_tiles = of_stack(weight, columns, step)
+    return x_tiles, x_halves, w_tiles
 
 
 @once_a_shape

@@ -85,7 +85,7 @@ def _gated_kernel(
             column = (first + tl.arange(0, BLOCK))[None, :]
             mask = row_mask & (column < inner)
             gate, up = _gate_and_up(pre, row, row_mask, first, inner, INTERLEAVED, ROWS, BLOCK)
-            if LIMIT > 0:
+            if LIMIT >= 0:
                 gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
             value = gate * tl.sigmoid(ALPHA * gate) * (up + SHIFT)
             tl.store(hidden + row * inner + column, value.to(hidden.dtype.element_ty), mask=mask)
@@ -138,7 +138,8 @@ def _constants(
 ) -> dict[str, Any]:
     return {
         "experts": experts, "EXPERTS": 1 << (experts - 1).bit_length(),
-        "ALPHA": form.alpha, "SHIFT": form.shift, "LIMIT": form.limit or 0.0, "INTERLEAVED": form.interleaved,
+        "ALPHA": form.alpha, "SHIFT": form.shift, "LIMIT": -1.0 if form.limit is None else form.limit,
+        "INTERLEAVED": form.interleaved,
         "HAS_A": factor is not None, "RANK": factor[0] if factor else 16, "EVEN_K": width % tiles["STEP"] == 0,
         "PRECISION": "ieee" if single else "tf32", **tiles,
     }  # fmt: skip
@@ -166,7 +167,7 @@ def _gated_backward_kernel(
             gate, up = _gate_and_up(pre, row, row_mask[:, None], first, inner, INTERLEAVED, ROWS, BLOCK)
             grad = tl.load(d_hidden + row * inner + column, mask=mask, other=0.0).to(tl.float32)
             gate_moves, up_moves = 1.0, 1.0
-            if LIMIT > 0:
+            if LIMIT >= 0:
                 gate_moves = (gate <= LIMIT).to(tl.float32)
                 up_moves = (tl.abs(up) <= LIMIT).to(tl.float32)
                 gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
