@@ -29,6 +29,14 @@ def copy_file(source: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
+def free_space(path: Path) -> int:
+    """Bytes free where a path lies, or would."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
 def sync_directory(path: str | Path) -> None:
     """Make renames in a directory durable, where the system can."""
     if os.name == "posix":

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..checkpoint.formats.registry import FORMATS
-from .output import AsJson, command, facts
+from .output import AsJson, TrustRemoteCode, command, facts
 
 _NAMES = ", ".join(sorted(one.name for one in FORMATS))
 
@@ -44,9 +44,7 @@ def register(app: typer.Typer) -> None:
             list[str] | None,
             typer.Option(metavar="NAME=VALUE", help="An option of the format that --to names; see its page."),
         ] = None,
-        trust_remote_code: Annotated[
-            bool, typer.Option("--trust-remote-code", help="Run code that lies beside the config of the base.")
-        ] = False,
+        trust_remote_code: TrustRemoteCode = False,
         as_json: AsJson = False,
     ) -> Any:
         """Convert an adapter from or to the format of another tool."""

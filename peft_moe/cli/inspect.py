@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import AsJson, command, facts, size, table
+from .output import AsJson, TrustRemoteCode, command, facts, size, table
 
 
 def register(app: typer.Typer) -> None:
@@ -24,9 +24,7 @@ def register(app: typer.Typer) -> None:
         plot: Annotated[
             Path | None, typer.Option(help="Write a picture of the deltas' norms by layer and expert.")
         ] = None,
-        trust_remote_code: Annotated[
-            bool, typer.Option("--trust-remote-code", help="Run the model's own code that lies in MODEL.")
-        ] = False,
+        trust_remote_code: TrustRemoteCode = False,
         as_json: AsJson = False,
     ) -> Any:
         """Show what an adapter or a checkpoint holds: layout, ranks, experts, sizes, norms, experts that do nothing."""

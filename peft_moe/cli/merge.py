@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import AsJson, command, facts, size
+from .output import AsJson, TrustRemoteCode, command, facts, size
 
 
 def register(app: typer.Typer) -> None:
@@ -28,9 +28,7 @@ def register(app: typer.Typer) -> None:
         device: Annotated[
             str | None, typer.Option(help="Where sums are made: cpu, cuda. A GPU if there is one.")
         ] = None,
-        trust_remote_code: Annotated[
-            bool, typer.Option("--trust-remote-code", help="Run the model's own code that lies in BASE.")
-        ] = False,
+        trust_remote_code: TrustRemoteCode = False,
         as_json: AsJson = False,
     ) -> Any:
         """Merge an adapter into a checkpoint on disk, in the memory of a few tensors."""

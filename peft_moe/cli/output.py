@@ -21,6 +21,9 @@ CODES = (
     "Exit codes: 0 success; 1 a check failed; 2 wrong usage; 3 an input cannot be used (the message says why); "
     "4 an error inside peft-moe (PEFT_MOE_TRACEBACK=1 shows where); 130 interrupted."
 )
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that lies beside the config of the model.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 _PIPED = 200  # columns where nobody looks on: rich would break names of modules into pieces at 80
 _terminal = sys.stdout.isatty() or "COLUMNS" in os.environ

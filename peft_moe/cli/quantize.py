@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import AsJson, command, facts, size
+from .output import AsJson, TrustRemoteCode, command, facts, size
 
 
 def register(app: typer.Typer) -> None:
@@ -30,9 +30,7 @@ def register(app: typer.Typer) -> None:
         skip: Annotated[list[str] | None, typer.Option(help="What stays in 16 bits; may be given again.")] = None,
         dtype: Annotated[str, typer.Option(help="Of what is not quantized: bfloat16, float16, float32.")] = "bfloat16",
         device: Annotated[str | None, typer.Option(help="Where it is quantized; a GPU if there is one.")] = None,
-        trust_remote_code: Annotated[
-            bool, typer.Option("--trust-remote-code", help="Run the model's own code that lies in MODEL.")
-        ] = False,
+        trust_remote_code: TrustRemoteCode = False,
         as_json: AsJson = False,
     ) -> Any:
         """Quantize a model, its experts included, with bitsandbytes, and save it."""
@@ -52,7 +50,7 @@ def quantize_checkpoint(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ..checkpoint.device import usable_device
-    from ..checkpoint.durable import copy_file
+    from ..checkpoint.durable import copy_file, sync_directory
     from ..checkpoint.merge import float_dtype
     from ..checkpoint.merge.sidecar import other_files
     from ..compat import cached_file, model_class
@@ -94,4 +92,5 @@ def quantize_checkpoint(
         copy_file(folder / name, temporary / name)
     written = sum(path.stat().st_size for path in temporary.glob("*.safetensors"))
     os.replace(temporary, out)
+    sync_directory(out.parent)
     return {"path": str(out), "type": kind, "bytes": written, "copied": [str(name) for name in copied]}

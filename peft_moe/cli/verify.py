@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import AsJson, command, facts, table
+from .output import AsJson, TrustRemoteCode, command, facts, table
 
 
 def register(app: typer.Typer) -> None:
@@ -20,9 +20,7 @@ def register(app: typer.Typer) -> None:
         experts: Annotated[int, typer.Option(min=1, help="Experts of each module to look at.")] = 2,
         device: Annotated[str, typer.Option(help="Where forwards run.")] = "cpu",
         seed: Annotated[int, typer.Option(help="Of the inputs, and of the experts that are chosen.")] = 0,
-        trust_remote_code: Annotated[
-            bool, typer.Option("--trust-remote-code", help="Run the model's own code that lies in the base.")
-        ] = False,
+        trust_remote_code: TrustRemoteCode = False,
         as_json: AsJson = False,
     ) -> Any:
         """Check an adapter against its base: tensors fit; forward, merge and export are right on some layers."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ..durable import sync_directory, write_file
+from ..durable import free_space, sync_directory, write_file
 from ..merge.writer import header_of
 from .plan import Converted, Planned
 
@@ -35,7 +35,7 @@ def write_folder(target: Path, converted: Converted, card: str, progress: bool) 
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"{twice}: two tensors of the adapter have this name in the other format")
     size = sum(one.nbytes for one in tensors)
-    free = shutil.disk_usage(next(one for one in target.absolute().parents if one.exists())).free
+    free = free_space(target.parent)
     if size > free:
         raise ValueError(
             f"{target}: {size / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. Nothing was written."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..durable import sync_directory, write_file
+from ..durable import free_space, sync_directory, write_file
 from .plan import Plan
 from .produce import Output
 
@@ -88,10 +87,7 @@ class Run:
         needed = others + sum(self._size(name) for name in self.plan.shards if not (self.folder / name).is_file())
         written = self.folder / self._partial_name()
         needed -= written.stat().st_size if self.partial and written.is_file() else 0
-        place = self.folder
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(place).free
+        free = free_space(self.folder)
         if needed > free:
             raise ValueError(
                 f"{self.folder}: the result needs {needed / 1e9:.2f} GB more and {free / 1e9:.2f} GB are free on this "

@@ -81,7 +81,7 @@ def test_a_result_takes_the_place_of_nothing(tmp_path: Path) -> None:
 
 def test_not_enough_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case(ONE, tmp_path)
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: writing.shutil._ntuple_diskusage(1, 1, 0))
+    monkeypatch.setattr(writing, "free_space", lambda path: 0)
     for target in ("out", "new/er/out"):
         with pytest.raises(ValueError, match="0.00 GB are free. Nothing was written"):
             export(tmp_path, "peft", target=target)
