@@ -13,6 +13,13 @@ from .header import read_header
 _CHUNK = 2**23  # bytes that a raw copy holds
 
 
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor in order, `(n,)` uint8; a view where they lie so."""
+    whole = tensor.contiguous()
+    # Not `view(-1)`: of one element it keeps any stride, and then bytes cannot be seen.
+    return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
+
+
 class TensorFile:
     """A safetensors file.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...layouts import ProjectionSpec
+from ..tensor_file import bytes_of
 from .native import ExpertsAdapter
 
 
@@ -92,7 +93,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same, NaNs and signs of zeros too."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(*(value.contiguous().view(-1).view(torch.uint8) for value in (one, other)))
+    return torch.equal(bytes_of(one), bytes_of(other))
 
 
 def linears(one: ExpertsAdapter, projection: ProjectionSpec) -> dict[str, tuple[str, slice]]:

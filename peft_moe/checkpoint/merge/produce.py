@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...weights.requantized import Change as Rounding
 from ..header import CODES, DTYPES
+from ..tensor_file import bytes_of
 from .edits import Edit
 from .source import Source
 from .stored import Stored, StoredFP8
@@ -144,7 +145,7 @@ class Requantized(Output):
 
 def buffer(tensor: Tensor) -> Any:
     """The bytes of a tensor, without a copy where it lies in memory in order."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return bytes_of(tensor.detach().cpu()).numpy()
 
 
 def code_of(dtype: torch.dtype) -> str:
