@@ -132,8 +132,7 @@ def for_ops(
     a: Tensor, b: Tensor, settings: AdapterSettings, spec: ExpertsSpec, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Factors of the adapted experts -> of all experts, in the compute dtype: zeros where an expert has no adapter."""
-    if a.dtype != dtype or b.dtype != dtype:
-        a, b = a.to(dtype), b.to(dtype)
+    a, b = a.to(dtype), b.to(dtype)
     if settings.experts is not None:
         index = settings.constant("experts", a.device)
         a = a.new_zeros(spec.num_experts, *a.shape[1:]).index_copy(0, index, a)

@@ -153,9 +153,7 @@ class _ExpertMLP(torch.autograd.Function):
             if down_bias is not None:
                 of_bias = (d_out[source] * down_bias[experts]).sum(dim=-1, dtype=dots.dtype)
                 dots = dots + pieces.unsort(of_bias, routing)
-            d_weights = dots.view(weights.shape)
-            if d_weights.dtype != weights.dtype:
-                d_weights = d_weights.to(weights.dtype)
+            d_weights = dots.view(weights.shape).to(weights.dtype)
         if need_x or need_up:
             up_weight = run.operand(up_weight if ctx.up_stack is None else ctx.up_stack, len(source), True)
             d_gathered, _ = run.project(

@@ -95,10 +95,7 @@ def _place_kernel(
         inside = at < total
         expert = tl.where(inside, _expert_of(index, at, inside, experts), EXPERTS)
         mine = expert[:, None] == lanes[None, :]
-        # The same experts again along the other side of a square, to count those before each row.
-        other_at = block * BLOCK + tl.arange(0, BLOCK)
-        other = _expert_of(index, other_at, other_at < total, experts)
-        earlier = (other[None, :] == expert[:, None]) & (other_at[None, :] < at[:, None])
+        earlier = (expert[None, :] == expert[:, None]) & (rows[None, :] < rows[:, None])  # of the same expert
         position = tl.sum(tl.where(mine, next_place[None, :], 0), 1) + tl.sum(earlier.to(tl.int32), 1)
         next_place += tl.sum(mine.to(tl.int32), 0)
         _store(order, source, inverse, sorted_experts, position, at, inside, expert, experts, top_k)
