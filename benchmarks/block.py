@@ -160,7 +160,7 @@ def contender(name: str, shape: Shape, rank: int, device: torch.device, dtype: t
     model = peft.get_peft_model(block, config, autocast_adapter_dtype=False)
     if name in peers.PEERS:
         peers.attach(name, model)
-    return model
+    return model.get_base_model()  # the wrapper's own forward runs once a model, not once a block
 
 
 def inputs(

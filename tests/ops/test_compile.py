@@ -20,9 +20,9 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=[80, 90])
+@pytest.fixture(params=[80, 90, 100])
 def architecture(request: pytest.FixtureRequest) -> int:
-    """Ten times the compute capability: A100, H100."""
+    """Ten times the compute capability: A100, H100, B200."""
     return request.param
 
 
@@ -33,11 +33,12 @@ def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
     from triton.runtime import driver
 
     from peft_moe.ops.triton import project
-    from peft_moe.ops.triton.launch import Launch
+    from peft_moe.ops.triton.descriptors import _GLUON
+    from peft_moe.ops.triton.launch import TRITON, Launch
 
     names: list[str] = []
 
-    def compile_only(self: Launch, *tensors: Any) -> None:
+    def compile_only(self: Launch, key: tuple[Any, ...], tensors: tuple[Any, ...]) -> None:
         found = self.kernel.warmup(*tensors, *self.numbers, grid=self.grid, **self.constants)
         assert found.asm["cubin"]
         names.append(self.kernel.fn.__name__)
@@ -48,9 +49,14 @@ def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
         get_current_device=lambda: architecture,
         get_current_stream=lambda device: 0,
     )
-    monkeypatch.setattr(Launch, "__call__", compile_only)
+    monkeypatch.setattr(Launch, "_version", compile_only)
     monkeypatch.setattr(project, "has_descriptors", lambda device: architecture >= 90)
     monkeypatch.setattr(project, "_large_shared_memory", lambda device: architecture >= 90)
+    if architecture == 90 and _GLUON[0] <= TRITON <= _GLUON[1]:
+        from peft_moe.ops.triton import warp_specialized
+
+        monkeypatch.setattr(project, "has_warp_specialization", lambda device: True)
+        monkeypatch.setattr(warp_specialized, "processors", lambda device: 132)
     before = dict(vars(driver))
     driver.set_active(fake)
     yield names
@@ -60,7 +66,7 @@ def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
 @pytest.mark.parametrize(
     ("tokens", "form"), [(8, GatedSwish()), (300, GatedSwish(1.702, 1.0, 7.0, True)), (4000, GatedSwish())]
 )
-def test_whole_mlp(compiled: list[str], tokens: int, form: GatedSwish) -> None:
+def test_whole_mlp(compiled: list[str], architecture: int, tokens: int, form: GatedSwish) -> None:
     """Few rows an expert, some, and many, forward and backward."""
     experts, top_k, width, inner, rank = 4, 2, 256, 192, 16
     up = [torch.zeros(experts, *shape).bfloat16() for shape in ((2 * inner, width), (rank, width), (2 * inner, rank))]
@@ -77,6 +83,9 @@ def test_whole_mlp(compiled: list[str], tokens: int, form: GatedSwish) -> None:
     passes = {name for name in compiled if "project" not in name}
     assert passes == {"_compare_kernel", "_gated_kernel", "_gated_backward_kernel", "_combine_kernel", "_outer_kernel"}
     assert sum("project" in name for name in compiled) == (4 if tokens == 8 else 6)
+    # Products of rows that need no gather: the second projection, and the gradient of the input.
+    specialized = 2 if architecture == 90 and tokens > 8 else 0
+    assert compiled.count("_specialized_project_kernel") == specialized
 
 
 def test_counting_sort(compiled: list[str]) -> None:

@@ -20,7 +20,7 @@ try:
 except ImportError:  # before Triton 3.4
     knobs = None
 
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 _CHECKED = ((3, 4), (3, 9))  # versions of Triton whose compiled kernels are called as `_run` does
 _BY_SIZE = torch.version.hip is not None  # AMD's compiler addresses memory of less than 2 GB by 32 bits
 _versions: dict[tuple[Any, ...], Any] = {}
@@ -87,11 +87,8 @@ class Launch:
         return version
 
 
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2])
-
-
-_DIRECT = knobs is not None and _CHECKED[0] <= _version(triton.__version__) <= _CHECKED[1]
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+_DIRECT = knobs is not None and _CHECKED[0] <= TRITON <= _CHECKED[1]
 
 
 def _run(version: Any, grid: tuple[int, ...], device: int | None, arguments: tuple[Any, ...]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..scaled import ScaledStack
 from .dequantize import runs_on
-from .descriptors import has_descriptors, of_rows, of_stack
+from .descriptors import has_descriptors, has_warp_specialization, of_rows, of_stack
 from .launch import Launch, once_a_shape
 from .tiles import find_tile, row_tiles
 
@@ -258,6 +258,11 @@ def _launch(
         return out, low
     chosen = tiles or _tiles(rows, weight.shape[0], weight.shape[1], x.device, scales is not None)
     by_tiles = scales is None and chosen["ROWS"] >= HALVED_ROWS and chosen["COLUMNS"] > 64 and x.element_size() == 2
+    if by_tiles and not tiles and source is None and a is None and has_warp_specialization(x.device):
+        from .warp_specialized import multiply
+
+        if multiply(x, codes, b, low, bias, offsets, out):
+            return out, low
     x_tiles = x_halves = w_tiles = None
     if by_tiles and has_descriptors(x.device):
         x_tiles, x_halves, w_tiles = _descriptors(x, source, codes, chosen)

@@ -22,19 +22,25 @@ from .tiles import find_tile, row_tiles
 
 
 @triton.jit
-def _gate_and_up(
-    pre, row, row_mask, first, inner, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Both in fp32, `(ROWS, BLOCK)`, from column `first` on."""
+def _load_gate_and_up(pre, row, row_mask, first, inner, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
+    """From column `first` on; interleaved ones together, and twice. `_parted` takes them apart."""
     if INTERLEAVED:
         column = (2 * first + tl.arange(0, 2 * BLOCK))[None, :]
         both = tl.load(pre + row * 2 * inner + column, mask=row_mask & (column < 2 * inner), other=0.0)
-        gate, up = tl.split(tl.reshape(both, (ROWS, BLOCK, 2)))
+        return both, both
     else:
         column = (first + tl.arange(0, BLOCK))[None, :]
         mask = row_mask & (column < inner)
         gate = tl.load(pre + row * 2 * inner + column, mask=mask, other=0.0)
         up = tl.load(pre + row * 2 * inner + inner + column, mask=mask, other=0.0)
+        return gate, up
+
+
+@triton.jit
+def _parted(gate, up, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Both in fp32, `(ROWS, BLOCK)`."""
+    if INTERLEAVED:
+        gate, up = tl.split(tl.reshape(gate, (ROWS, BLOCK, 2)))
     return gate.to(tl.float32), up.to(tl.float32)
 
 
@@ -81,10 +87,11 @@ def _gated_kernel(
         row = start + tl.arange(0, ROWS)
         row_mask = (row < end)[:, None]
         row = row.to(tl.int64)[:, None]
-        for first in range(0, inner, BLOCK):
+        for first in tl.range(0, inner, BLOCK, num_stages=3):
             column = (first + tl.arange(0, BLOCK))[None, :]
             mask = row_mask & (column < inner)
-            gate, up = _gate_and_up(pre, row, row_mask, first, inner, INTERLEAVED, ROWS, BLOCK)
+            gate, up = _load_gate_and_up(pre, row, row_mask, first, inner, INTERLEAVED, BLOCK)
+            gate, up = _parted(gate, up, INTERLEAVED, ROWS, BLOCK)
             if LIMIT >= 0:
                 gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
             value = gate * tl.sigmoid(ALPHA * gate) * (up + SHIFT)
@@ -96,8 +103,8 @@ def _gated_kernel(
             )  # fmt: skip
 
 
-_FORWARD = {"ROWS": 16, "BLOCK": 256, "STEP": 64, "num_warps": 4, "num_stages": 3}
-_BACKWARD = {"ROWS": 32, "BLOCK": 128, "STEP": 128, "num_warps": 8, "num_stages": 3}
+_FORWARD = {"ROWS": 16, "BLOCK": 128, "STEP": 64, "num_warps": 4, "num_stages": 3}
+_BACKWARD = {"ROWS": 16, "BLOCK": 128, "STEP": 128, "num_warps": 4, "num_stages": 3}
 
 
 def gated(
@@ -161,11 +168,22 @@ def _gated_backward_kernel(
         weight = tl.load(weights + place, mask=row_mask, other=0.0).to(tl.float32)[:, None]
         row = (start + lanes).to(tl.int64)[:, None]
         dot = tl.zeros((ROWS,), dtype=tl.float32)
+        # The next block is loaded before this one is worked on. The compiler does so by itself in the forward; here
+        # the barrier keeps it from that.
+        column = tl.arange(0, BLOCK)[None, :]
+        mask = row_mask[:, None] & (column < inner)
+        next_gate, next_up = _load_gate_and_up(pre, row, row_mask[:, None], 0, inner, INTERLEAVED, BLOCK)
+        next_grad = tl.load(d_hidden + row * inner + column, mask=mask, other=0.0)
         for first in range(0, inner, BLOCK):
-            column = (first + tl.arange(0, BLOCK))[None, :]
+            gate, up = _parted(next_gate, next_up, INTERLEAVED, ROWS, BLOCK)
+            grad = next_grad.to(tl.float32)
+            here, inside = column, mask
+            column += BLOCK
             mask = row_mask[:, None] & (column < inner)
-            gate, up = _gate_and_up(pre, row, row_mask[:, None], first, inner, INTERLEAVED, ROWS, BLOCK)
-            grad = tl.load(d_hidden + row * inner + column, mask=mask, other=0.0).to(tl.float32)
+            next_gate, next_up = _load_gate_and_up(
+                pre, row, row_mask[:, None], first + BLOCK, inner, INTERLEAVED, BLOCK
+            )
+            next_grad = tl.load(d_hidden + row * inner + column, mask=mask, other=0.0)
             gate_moves, up_moves = 1.0, 1.0
             if LIMIT >= 0:
                 gate_moves = (gate <= LIMIT).to(tl.float32)
@@ -179,12 +197,12 @@ def _gated_backward_kernel(
             grad *= weight
             d_gate = grad * up * (sigmoid + ALPHA * swish * (1 - sigmoid)) * gate_moves
             d_up = grad * swish * up_moves
-            # pre may lie where d_pre does, and hidden takes the place of d_hidden: all threads have read before one
-            # writes.
+            # pre may lie where d_pre does, and hidden takes the place of d_hidden: all threads have read this block
+            # before one writes.
             tl.debug_barrier()
             d_gate, d_up = d_gate.to(d_pre.dtype.element_ty), d_up.to(d_pre.dtype.element_ty)
             _store_gate_and_up(d_pre, row, row_mask[:, None], first, inner, d_gate, d_up, INTERLEAVED, BLOCK)
-            tl.store(d_hidden + row * inner + column, value.to(d_hidden.dtype.element_ty), mask=mask)
+            tl.store(d_hidden + row * inner + here, value.to(d_hidden.dtype.element_ty), mask=inside)
         tl.store(dots + place, dot.to(dots.dtype.element_ty), mask=row_mask)
         if HAS_A:
             _low_tile(
