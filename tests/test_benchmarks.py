@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
+import peft
 import pytest
 import torch
 
@@ -132,8 +133,8 @@ def test_peers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     block = script("block")
     peers = block.peers
 
-    def scaled(model: torch.nn.Module) -> None:
-        model.register_forward_hook(lambda module, inputs, output: 1.01 * output)
+    def scaled(model: peft.PeftModel) -> None:
+        model.get_base_model().register_forward_hook(lambda module, inputs, output: 1.01 * output)
 
     def without_adapter(model: torch.nn.Module) -> None:
         for wrapper in peers.wrappers(model).values():
@@ -164,7 +165,7 @@ def test_peers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert timed == ["peft", "peft", "right", "right"]
     for name, reason in {
         "scaled": "differs from a float64 loop over experts: relative errors output 1.0e-02, x 1.0e-02",
-        "without": "expected gradients of x, the weights and the factors alone; it differs in ['base_model",
+        "without": "expected gradients of x, the weights and the factors alone; it differs in ['experts.",
         "back": "handed down_proj back to PEFT's own forward",
         "changed": f"peft {version('peft')} has changed or lacks a dependency",
         "absent": "a_package_nobody_has is not installed: pip install",

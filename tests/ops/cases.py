@@ -121,15 +121,18 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def assert_close(found: Tensor | None, expected: Tensor, dtype: torch.dtype, what: str, factor: float = 6.0) -> None:
+def assert_close(
+    found: Tensor | None, expected: Tensor, dtype: torch.dtype, what: str, factor: float = 6.0, summands: float = 0.0
+) -> None:
     """‖found - expected‖ is within `factor` roundings of values that are of order one.
 
     Each of the handful of products and sums in a row of ops rounds its result once, by at most half an epsilon.
+    `summands`: the norm of what is summed up, where much of it may cancel.
     """
     assert found is not None, f"{what}: nothing"
     assert found.shape == expected.shape, f"{what}: {tuple(found.shape)}, expected {tuple(expected.shape)}"
     error = float((found.detach().double() - expected.detach()).norm())
-    bound = factor * torch.finfo(dtype).eps * float(expected.detach().norm() + expected.numel() ** 0.5)
+    bound = factor * torch.finfo(dtype).eps * float(expected.detach().norm() + expected.numel() ** 0.5 + summands)
     assert error <= bound or found.numel() == 0, f"{what}: error {error:.3g}, allowed {bound:.3g} in {dtype}"
 
 
