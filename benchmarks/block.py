@@ -5,10 +5,11 @@
     python benchmarks/block.py --peers            # with every peer that is installed
 
 Contenders: `frozen` (transformers' grouped experts, no adapter), `plain` (separate grouped products and autograd),
-`peft` (stock PEFT, `target_parameters`), `peft-moe`,
-`peft-moe:BACKEND`, `peft-moe@nf4`, `peft-moe@fp8` on quantized experts, and the peers `unsloth` and `axolotl` (see
-peers.py), which are timed once their result agrees with a loop over experts. Times are medians of CUDA events; peak is
-the most memory allocated above the resident weights. Ratios count: absolute times hold for one machine.
+`peft` (stock PEFT, `target_parameters`), `peft-moe`, `peft-moe:BACKEND`, `peft-moe@nf4`, `peft-moe@fp8` on quantized
+experts, and the peers `unsloth` and `axolotl` (see peers.py), which are timed once their result agrees with a loop over
+experts. Times are medians of CUDA events; peak is the most memory allocated above the resident weights. A step starts
+on an idle GPU, so the Python before its first kernel counts; with --queued the host runs ahead, as in training. Ratios
+count: absolute times hold for one machine.
 """
 
 from __future__ import annotations
@@ -195,6 +196,7 @@ def run(
     dtype: torch.dtype,
     zipf: bool = False,
     forward_only: bool = False,
+    queued: bool = False,
 ) -> list[dict[str, float | str | int]]:
     """A row for every contender and number of tokens."""
     rows = []
@@ -225,7 +227,7 @@ def run(
                 for tensor in leaves:
                     tensor.grad = None
 
-            milliseconds, peak = measure(step, device, repeats)
+            milliseconds, peak = measure(step, device, repeats, queued)
             rows.append({"contender": name, "tokens": count, "ms": round(milliseconds, 3), "peak_mib": round(peak, 1)})
             print(f"{name:10s} T={count:6d}  {milliseconds:8.3f} ms  {peak:8.1f} MiB", flush=True)
         del model
@@ -244,6 +246,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[16])
     parser.add_argument("--zipf", action="store_true", help="skewed routing")
     parser.add_argument("--forward-only", action="store_true", help="without gradients, as when decoding")
+    parser.add_argument("--queued", action="store_true", help="the host does not wait for a step, as in training")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -264,10 +267,11 @@ def main() -> None:
     rows: list[dict[str, float | str | int]] = []
     for shape in arguments.shapes or ["qwen3-30b" if on_gpu else "tiny"]:
         for rank in arguments.ranks:
-            print(f"{shape}, r={rank}{', zipf' * arguments.zipf}{', forward only' * arguments.forward_only}")
+            said = [word for word in ("zipf", "forward_only", "queued") if getattr(arguments, word)]
+            print(", ".join([shape, f"r={rank}", *said]))
             measured = run(
                 names, SHAPES[shape], tokens, rank, arguments.repeats, device,
-                torch.bfloat16 if on_gpu else torch.float32, arguments.zipf, arguments.forward_only,
+                torch.bfloat16 if on_gpu else torch.float32, arguments.zipf, arguments.forward_only, arguments.queued,
             )  # fmt: skip
             rows += [{"shape": shape, "rank": rank, **row} for row in measured]
     if arguments.out is not None:

@@ -29,8 +29,12 @@ def _warm_up(step: Callable[[], None], device: torch.device) -> None:
             torch.cuda.synchronize()
 
 
-def measure(step: Callable[[], None], device: torch.device, repeats: int) -> tuple[float, float]:
-    """(median milliseconds, peak MiB above what is resident) of a step."""
+def measure(step: Callable[[], None], device: torch.device, repeats: int, queued: bool = False) -> tuple[float, float]:
+    """(median milliseconds, peak MiB above what is resident) of a step.
+
+    Each step starts on an idle GPU, and waits for the first launch, unless they are `queued`: then the host runs ahead
+    of the GPU, as in training.
+    """
     _warm_up(step, device)
     if device.type != "cuda":
         times = []
@@ -43,12 +47,15 @@ def measure(step: Callable[[], None], device: torch.device, repeats: int) -> tup
     torch.cuda.empty_cache()
     resident = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    times = []
+    steps = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         step()
         end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+        if not queued:
+            end.synchronize()
+        steps.append((start, end))
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(end) for start, end in steps]
     return statistics.median(times), (torch.cuda.max_memory_allocated() - resident) / 2**20

@@ -150,8 +150,9 @@ class MoELoraLayer(nn.Module, LoraLayer, forward.RunsExperts):
 
         Packed weights on a CPU are what the base's own kernels cannot multiply with: then the layer runs them itself.
         """
-        if not self.idle or self.spec.one_by_one:
-            return self.idle
+        idle = self.idle
+        if not idle or self.spec.one_by_one:
+            return idle
         stores = self.stores.values()
         return not any(getattr(store, "packed", False) and store.device.type in ("cpu", "meta") for store in stores)
 

@@ -39,6 +39,8 @@ def _experts(base: Any, name: str) -> int:
 def tokens_index_weights(base: Any, runner: Runner, *args: Any, **kwargs: Any) -> Tensor:
     """`(hidden_states, top_k_index, top_k_weights)`, under any names; hidden states of 2 or 3 dimensions."""
     hidden, index, weights = _three(args, kwargs)
+    if hidden.dim() == 2:
+        return runner.run_experts(hidden, index, weights)
     out = runner.run_experts(hidden.reshape(-1, hidden.shape[-1]), index, weights)
     return out.view(hidden.shape)
 

@@ -52,15 +52,16 @@ class Launch:
             with torch.cuda.device(device):
                 self(*tensors)
             return
-        kinds, addresses = [current], 0
+        kinds: list[Any] = [current]
+        addresses = 0
         for one in tensors:
             if one is None:
                 kinds.append(None)
             elif isinstance(one, Tensor):
                 addresses |= one.data_ptr()
-                kinds.append(one.dtype)  # type: ignore[arg-type]
+                kinds.append(one.dtype)
             else:
-                kinds.append(tuple(one.block_shape))  # type: ignore[arg-type]
+                kinds.append(tuple(one.block_shape))
         if addresses % 16:
             kinds += [one.data_ptr() % 16 for one in tensors if isinstance(one, Tensor)]
         if _BY_SIZE:
