@@ -126,6 +126,13 @@ def test_what_it_does_not_take() -> None:
     assert (out == torch.inf).all() and (odd == torch.inf).all()
 
 
+def test_scale_of_a_wide_low_rank_product() -> None:
+    from peft_moe.ops.triton.project import low_rank
+
+    x, a, _, _, _, ends = case([100, 200], 128, 256, None, False, False, torch.bfloat16)
+    check((2.0 * x, a, None, None, None, ends), low_rank(x, a, 2.0, ends))
+
+
 def test_races(multiply: Callable[[Case], Tensor]) -> None:
     """The same inputs give the same bits, whatever ran before; inputs change in between."""
     torch.manual_seed(1)

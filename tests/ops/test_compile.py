@@ -88,6 +88,15 @@ def test_whole_mlp(compiled: list[str], architecture: int, tokens: int, form: Ga
     assert compiled.count("_specialized_project_kernel") == specialized
 
 
+def test_low_rank_products_are_scaled(compiled: list[str]) -> None:
+    """By the kernel that knows a scale, however wide they are."""
+    from peft_moe.ops.triton.project import low_rank
+
+    ends = torch.zeros(1, dtype=torch.int32)
+    low_rank(torch.zeros(200, 64).bfloat16(), torch.zeros(1, 128, 64).bfloat16(), 2.0, ends)
+    assert compiled == ["_project_kernel"]
+
+
 def test_counting_sort(compiled: list[str]) -> None:
     for experts in (8, 128):
         pieces_of("triton").route(torch.zeros(5000, 2, dtype=torch.int64), experts, False)

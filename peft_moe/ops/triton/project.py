@@ -258,7 +258,8 @@ def _launch(
         return out, low
     chosen = tiles or _tiles(rows, weight.shape[0], weight.shape[1], x.device, scales is not None)
     by_tiles = scales is None and chosen["ROWS"] >= HALVED_ROWS and chosen["COLUMNS"] > 64 and x.element_size() == 2
-    if by_tiles and not tiles and source is None and a is None and has_warp_specialization(x.device):
+    plain = source is None and a is None and not scale_out and not tiles
+    if by_tiles and plain and has_warp_specialization(x.device):
         from .warp_specialized import multiply
 
         if multiply(x, codes, b, low, bias, offsets, out):

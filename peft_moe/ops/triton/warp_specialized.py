@@ -266,12 +266,12 @@ def multiply(
     # infinite.
     if x.dtype not in _DTYPES or rank > _LARGEST_RANK or (k_first and k_size % _STEP):
         return False
-    if not (is_aligned(x, x.stride(0)) and is_aligned(out, n_size)):
+    if not (is_aligned(x, x.stride(0)) and is_aligned(out, n_size) and (low is None or is_aligned(low, rank))):
         return False
     wide = _COLUMNS if rank == 16 else _COLUMNS // 2  # of what is stored at once: there is no room for more
     w_tiles, low_tiles, b_tiles = _of_stack(weight, _STEP), None, None
     if b is not None and low is not None:
-        low_tiles, b_tiles = _tiles(low, low.shape, low.stride(0), (_HALF, rank)), _of_stack(b, rank)
+        low_tiles, b_tiles = _tiles(low, low.shape, rank, (_HALF, rank)), _of_stack(b, rank)
     if w_tiles is None or (b is not None and b_tiles is None):
         return False
     launch = _of_shapes(x.device, experts, n_size, k_size, k_first, rank, b is not None, r_first, bias is not None)
