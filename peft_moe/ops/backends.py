@@ -12,8 +12,11 @@ from importlib.util import find_spec
 
 import torch
 
+from .grouped import log_once
+
 BACKENDS = ("auto", "triton", "grouped_mm", "loop")
-MAX_KERNEL_RANK = 64  # above, LoRA A inside the kernel costs more than it saves
+MAX_KERNEL_RANK = 64  # measured up to here
+MAX_KERNEL_EXPERTS = 1024  # a program looks for its expert among so many at most
 SWITCH = "PEFT_MOE_GROUPED"  # environment: 0 turns every grouped path off
 _ALIGNMENT = 16  # bytes
 
@@ -52,7 +55,13 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, rank: int, 
     if requested != "auto":
         return requested
     # Under torch.compile the torch path is used: its operators are opaque to the compiler.
-    if torch.compiler.is_compiling() or rank > MAX_KERNEL_RANK or experts > 1024 or not triton_runs(device, dtype):
+    if torch.compiler.is_compiling() or not triton_runs(device, dtype):
+        return "grouped_mm"
+    if rank > MAX_KERNEL_RANK or experts > MAX_KERNEL_EXPERTS:
+        log_once(
+            f"ranks that add up to {rank} on {experts} experts: the kernels take {MAX_KERNEL_RANK} on "
+            f"{MAX_KERNEL_EXPERTS}; these experts run by torch's grouped products, which is slower"
+        )
         return "grouped_mm"
     return "triton"
 

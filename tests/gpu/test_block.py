@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from peft_moe import MoELoraConfig
+from peft_moe.adapter import join_and_pad
 from peft_moe.ops.activation import SILU_GATED
 from peft_moe.ops.experts import Projection, expert_mlp, pieces_of
 
@@ -37,36 +38,44 @@ def reference(
     return out, leaves
 
 
-@pytest.mark.parametrize("routing", ["random", "one expert", "few experts"])
-@pytest.mark.parametrize("tokens", [1, 33, 1000, 5000])
-@pytest.mark.parametrize(("backend", "rank"), [("grouped_mm", 8), ("triton", 16), ("triton", 64)])
-@pytest.mark.parametrize(("width", "inner"), [(512, 384), (464, 200)])
-def test_against_float64(tokens: int, rank: int, routing: str, backend: str, width: int, inner: int) -> None:
-    experts, top_k = 32, 4
-    poison = torch.full((64 * 2**20,), float("nan"), device="cuda", dtype=torch.bfloat16)
+def normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, generator=generator, device=generator.device) * scale).bfloat16()
+
+
+def stacks(generator: torch.Generator, experts: int, width: int, inner: int, rank: int) -> list[tuple[Tensor, ...]]:
+    """Weight, A and B of both projections."""
+    return [
+        (
+            normal(generator, experts, out, into, scale=into**-0.5),
+            normal(generator, experts, rank, into, scale=into**-0.5),
+            normal(generator, experts, out, rank, scale=0.3),
+        )
+        for out, into in ((2 * inner, width), (width, inner))
+    ]
+
+
+def run(
+    x: Tensor, weights: Tensor, index: Tensor, up: tuple[Tensor, ...], down: tuple[Tensor, ...], backend: str
+) -> Tensor:
+    """The op, with ranks padded as a layer pads them."""
+    projections = [Projection(one[0], None, *join_and_pad([(one[1], one[2])], backend)) for one in (up, down)]
+    routing = pieces_of(backend).route(index, up[0].shape[0], False)
+    return expert_mlp(x, weights, routing, *projections, SILU_GATED, backend, torch.bfloat16)
+
+
+def check(
+    index: Tensor, up: tuple[Tensor, ...], down: tuple[Tensor, ...], generator: torch.Generator, backend: str
+) -> None:
+    """Output and all gradients against the loop; nothing that is saved for the backward is written into."""
+    poison = torch.full((64 * 2**20,), float("nan"), device=index.device, dtype=torch.bfloat16)
     del poison  # what the kernels allocate next holds NaN
-    generator = torch.Generator(device="cuda").manual_seed(tokens + rank)
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator, device="cuda") * scale).bfloat16()
-
-    limit = {"random": experts, "one expert": top_k, "few experts": 6}[routing]
-    index = torch.stack([torch.randperm(limit, generator=generator, device="cuda")[:top_k] for _ in range(tokens)])
-    weights = torch.rand(tokens, top_k, generator=generator, device="cuda")
-    x = normal(tokens, width)
-    up = (normal(experts, 2 * inner, width, scale=width**-0.5), normal(experts, rank, width, scale=width**-0.5),
-          normal(experts, 2 * inner, rank, scale=0.3))  # fmt: skip
-    down = (normal(experts, width, inner, scale=inner**-0.5), normal(experts, rank, inner, scale=inner**-0.5),
-            normal(experts, width, rank, scale=0.3))  # fmt: skip
-    probe = normal(tokens, width)
-
+    experts, width = up[0].shape[0], up[0].shape[2]
+    weights = torch.rand(index.shape, generator=generator, device=index.device)
+    x, probe = normal(generator, index.shape[0], width), normal(generator, index.shape[0], width)
     expected, leaves = reference(x, weights, index, up, down)
     (expected * probe.double()).sum().backward()
     mine = [tensor.detach().clone().requires_grad_() for tensor in (x, weights, up[1], up[2], down[1], down[2])]
-    out = expert_mlp(
-        mine[0], mine[1], pieces_of(backend).route(index, experts, False), Projection(up[0], None, mine[2], mine[3]),
-        Projection(down[0], None, mine[4], mine[5]), SILU_GATED, backend, torch.bfloat16,
-    )  # fmt: skip
+    out = run(mine[0], mine[1], index, (up[0], *mine[2:4]), (down[0], *mine[4:6]), backend)
     loss = (out * probe).sum()
     kept = torch.autograd.grad(loss, mine, retain_graph=True)  # then nothing that was saved may be written into
     loss.backward()
@@ -76,10 +85,106 @@ def test_against_float64(tokens: int, rank: int, routing: str, backend: str, wid
     for found, leaf in zip(mine, leaves, strict=True):
         assert found.grad is not None and leaf.grad is not None
         assert (found.grad.double() - leaf.grad).norm() < 3e-2 * leaf.grad.norm()
-    used = torch.zeros(experts, dtype=torch.bool, device="cuda")
+    used = torch.zeros(experts, dtype=torch.bool, device=index.device)
     used[index.flatten()] = True
     for found in mine[2:]:
         assert found.grad is not None and not found.grad[~used].any()
+
+
+@pytest.mark.parametrize("routing", ["random", "one expert", "few experts"])
+@pytest.mark.parametrize("tokens", [1, 33, 1000, 5000])
+@pytest.mark.parametrize(("backend", "rank"), [("grouped_mm", 8), ("triton", 16), ("triton", 64)])
+@pytest.mark.parametrize(("width", "inner"), [(512, 384), (464, 200)])
+def test_against_float64(tokens: int, rank: int, routing: str, backend: str, width: int, inner: int) -> None:
+    experts, top_k = 32, 4
+    generator = torch.Generator(device="cuda").manual_seed(tokens + rank)
+    limit = {"random": experts, "one expert": top_k, "few experts": 6}[routing]
+    index = torch.stack([torch.randperm(limit, generator=generator, device="cuda")[:top_k] for _ in range(tokens)])
+    check(index, *stacks(generator, experts, width, inner, rank), generator, backend)
+
+
+def fresh() -> torch.Generator:
+    """Other inputs in each run; the seed is printed where a test fails."""
+    seed = torch.seed()
+    print(f"seed {seed}")
+    return torch.Generator(device="cuda").manual_seed(seed)
+
+
+def favoured(tokens: int, experts: int, top_k: int, generator: torch.Generator) -> Tensor:
+    """Experts drawn in proportion to 1, 1/2, 1/3, ...: some get most rows, some a few, some none."""
+    odds = 1 / torch.arange(1, experts + 1, device=generator.device)
+    return torch.multinomial(odds.expand(tokens, -1), top_k, generator=generator)
+
+
+@pytest.mark.parametrize(("tokens", "rank"), [(1, 16), (60, 5), (700, 12), (4000, 16), (4000, 33)])
+@pytest.mark.parametrize("shape", [(128, 8, 2048, 768), (64, 8, 2048, 1024), (12, 8, 7168, 2048)], ids=str)
+def test_shapes_of_models(shape: tuple[int, int, int, int], tokens: int, rank: int) -> None:
+    """Qwen3-30B-A3B, OLMoE, and a few experts of DeepSeek-V3; ranks that are no multiple of 8."""
+    experts, top_k, width, inner = shape
+    generator = fresh()
+    index = favoured(tokens, experts, top_k, generator)
+    check(index, *stacks(generator, experts, width, inner, rank), generator, "triton")
+
+
+def test_races() -> None:
+    """Whatever ran before, the same inputs give the same bits; others, drawn anew, give what torch's products give."""
+    experts, top_k, width, inner = 64, 8, 1024, 512
+    generator = fresh()
+    up, down = stacks(generator, experts, width, inner, 16)
+
+    def step(tokens: int, x: Tensor, weights: Tensor, index: Tensor, probe: Tensor, backend: str) -> list[Tensor]:
+        leaves = [one.detach().requires_grad_() for one in (x, weights, up[1], up[2], down[1], down[2])]
+        out = run(leaves[0], leaves[1], index, (up[0], *leaves[2:4]), (down[0], *leaves[4:6]), backend)
+        return [out.detach(), *torch.autograd.grad(out, leaves, probe)]
+
+    def draw(tokens: int) -> tuple[Tensor, ...]:
+        weights = torch.rand(tokens, top_k, generator=generator, device="cuda")
+        x, probe = normal(generator, tokens, width), normal(generator, tokens, width)
+        return x, weights, favoured(tokens, experts, top_k, generator), probe
+
+    kept = [(tokens, draw(tokens)) for tokens in (7, 300, 1100, 3000)]
+    first = [step(tokens, *inputs, "triton") for tokens, inputs in kept]
+    for turn in range(20):
+        for (tokens, inputs), want in zip(kept, first, strict=True):
+            for found, one in zip(step(tokens, *inputs, "triton"), want, strict=True):
+                assert torch.equal(found, one)
+        tokens = 50 + 150 * turn
+        inputs = draw(tokens)
+        for found, one in zip(step(tokens, *inputs, "triton"), step(tokens, *inputs, "grouped_mm"), strict=True):
+            assert (found.double() - one.double()).norm() < 3e-2 * one.double().norm()
+
+
+@pytest.mark.parametrize("tokens", [5, 500, 4000])
+def test_in_a_cuda_graph(tokens: int) -> None:
+    """Captured once, forward and backward, and replayed with other tokens, experts and weights."""
+    experts, top_k, width, inner = 32, 4, 512, 384
+    generator = torch.Generator(device="cuda").manual_seed(tokens)
+    up, down = stacks(generator, experts, width, inner, 16)
+    x, probe = normal(generator, tokens, width), normal(generator, tokens, width)
+    weights = torch.rand(tokens, top_k, generator=generator, device="cuda")
+    index = favoured(tokens, experts, top_k, generator)
+
+    def step() -> list[Tensor]:
+        leaves = [one.detach().requires_grad_() for one in (x, weights, up[1], up[2], down[1], down[2])]
+        out = run(leaves[0], leaves[1], index, (up[0], *leaves[2:4]), (down[0], *leaves[4:6]), "triton")
+        return [out.detach(), *torch.autograd.grad(out, leaves, probe)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for _ in range(3):
+        x.copy_(normal(generator, tokens, width))
+        weights.uniform_(generator=generator)
+        index.copy_(favoured(tokens, experts, top_k, generator))
+        graph.replay()
+        for one, want in zip(found, step(), strict=True):
+            assert torch.equal(one, want)
 
 
 @pytest.mark.parametrize("tokens", [16, 300, 3000])

@@ -134,7 +134,7 @@ def test_scale_of_a_wide_low_rank_product() -> None:
 
 
 def test_races(multiply: Callable[[Case], Tensor]) -> None:
-    """The same inputs give the same bits, whatever ran before; inputs change in between."""
+    """The same inputs give the same bits, whatever ran before."""
     torch.manual_seed(1)
     cases = [
         case(torch.randint(0, 400, (64,)).tolist(), n_size, k_size, 16, transposed, False, torch.bfloat16, seed=seed)
