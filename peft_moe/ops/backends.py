@@ -69,6 +69,6 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, rank: int, 
 def padded_rank(rank: int, dtype: torch.dtype, backend: str) -> int:
     """The rank to which factors are zero-padded inside the ops: what the backend can address."""
     if backend == "triton":
-        return max(16, 1 << (rank - 1).bit_length())
+        return rank  # the kernels mask what is missing to a power of two
     multiple = max(1, _ALIGNMENT // dtype.itemsize)  # rows of `(E, N, R)` start at 16-byte addresses
     return -(-rank // multiple) * multiple

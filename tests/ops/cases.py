@@ -19,7 +19,7 @@ few = settings(max_examples=30, deadline=None, suppress_health_check=[HealthChec
 
 # Strides of 1, 3, 5 and 20 elements are no multiple of 16 bytes in some or all dtypes.
 SIZES = st.sampled_from([1, 3, 5, 8, 16, 20])
-RANKS = st.sampled_from([1, 3, 4, 5, 8])
+RANKS = st.sampled_from([1, 3, 4, 5, 8, 16, 20])
 DTYPES = st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64])
 BACKENDS = st.sampled_from(["auto", "grouped_mm", "loop"])
 ROUTINGS = st.sampled_from(["random", "one expert", "two experts", "sentinels", "only sentinels"])

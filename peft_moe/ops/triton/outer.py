@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, once_a_shape
+from .tiles import rank_width
 
 _COLUMNS, _STEP = 128, 32
 
@@ -24,15 +25,16 @@ _COLUMNS, _STEP = 128, 32
 @triton.jit
 def _outer_tile(
     column_tile, expert, big, source, small, scale, order, offsets, out, n_size, big_row, out_n, out_r,
-    RANK: tl.constexpr, HAS_SOURCE: tl.constexpr, HAS_SCALE: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, HAS_SOURCE: tl.constexpr, HAS_SCALE: tl.constexpr,
     COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
     end = tl.load(offsets + expert)
     columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     column_mask = columns < n_size
-    ranks = tl.arange(0, RANK)
-    total = tl.zeros((COLUMNS, RANK), dtype=tl.float32)
+    ranks = tl.arange(0, RANKS)
+    rank_mask = (ranks < RANK)[None, :]
+    total = tl.zeros((COLUMNS, RANKS), dtype=tl.float32)
     for first in range(start, end, STEP):
         rows = first + tl.arange(0, STEP)
         row_mask = rows < end
@@ -43,35 +45,38 @@ def _outer_tile(
         mask = row_mask[:, None] & column_mask[None, :]
         big_tile = tl.load(big + position[:, None] * big_row + columns[None, :], mask=mask, other=0.0)
         small_at = small + rows.to(tl.int64)[:, None] * RANK + ranks[None, :]
-        small_tile = tl.load(small_at, mask=row_mask[:, None], other=0.0)
+        if RANK == RANKS:
+            small_tile = tl.load(small_at, mask=row_mask[:, None], other=0.0)
+        else:
+            small_tile = tl.load(small_at, mask=row_mask[:, None] & rank_mask, other=0.0)
         if HAS_SCALE:
             place = tl.load(order + rows, mask=row_mask, other=0)
             factor = tl.load(scale + place, mask=row_mask, other=0.0).to(tl.float32)
             small_tile = (small_tile.to(tl.float32) * factor[:, None]).to(big.dtype.element_ty)
         total = tl.dot(tl.trans(big_tile), small_tile, total, input_precision=PRECISION)
     out_at = out + expert.to(tl.int64) * n_size * RANK + columns[:, None] * out_n + ranks[None, :] * out_r
-    tl.store(out_at, total.to(out.dtype.element_ty), mask=column_mask[:, None])
+    tl.store(out_at, total.to(out.dtype.element_ty), mask=column_mask[:, None] & rank_mask)
 
 
 @triton.jit
 def _outer_kernel(
     big_1, source_1, small_1, out_1, big_2, source_2, small_2, out_2, scale, order, offsets,
     n_1, big_row_1, out_n_1, out_r_1, n_2, big_row_2, out_n_2, out_r_2,
-    RANK: tl.constexpr, HAS_SOURCE_1: tl.constexpr, HAS_SOURCE_2: tl.constexpr, HAS_SCALE: tl.constexpr,
-    COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, HAS_SOURCE_1: tl.constexpr, HAS_SOURCE_2: tl.constexpr,
+    HAS_SCALE: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, expert = tl.program_id(0), tl.program_id(1)
     tiles_1 = tl.cdiv(n_1, COLUMNS)
     if tile < tiles_1:
         _outer_tile(
             tile, expert, big_1, source_1, small_1, scale, order, offsets, out_1, n_1, big_row_1, out_n_1, out_r_1,
-            RANK, HAS_SOURCE_1, HAS_SCALE, COLUMNS, STEP, PRECISION,
+            RANK, RANKS, HAS_SOURCE_1, HAS_SCALE, COLUMNS, STEP, PRECISION,
         )  # fmt: skip
     else:
         _outer_tile(
             tile - tiles_1, expert,
             big_2, source_2, small_2, scale, order, offsets, out_2, n_2, big_row_2, out_n_2, out_r_2,
-            RANK, HAS_SOURCE_2, HAS_SCALE, COLUMNS, STEP, PRECISION,
+            RANK, RANKS, HAS_SOURCE_2, HAS_SCALE, COLUMNS, STEP, PRECISION,
         )  # fmt: skip
 
 
@@ -79,8 +84,8 @@ class Factor(NamedTuple):
     """What the gradient of one factor is made of.
 
     Attributes:
-        big: `(T, N)` with `source` `(S,)`, or `(S, N)`; unit stride in N. small: contiguous `(S, R)`, R a power of two
-            >= 16. transposed: the gradient is `(E, R, N)`, not `(E, N, R)`.
+        big: `(T, N)` with `source` `(S,)`, or `(S, N)`; unit stride in N. small: contiguous `(S, R)`.
+        transposed: the gradient is `(E, R, N)`, not `(E, N, R)`.
     """
 
     big: Tensor
@@ -120,6 +125,6 @@ def _of_shapes(experts: int, rank: int, first: _Side, second: _Side, has_scale: 
     tiles = -(-first[0] // _COLUMNS) + -(-second[0] // _COLUMNS)
     return Launch(
         _outer_kernel, (tiles, experts), tuple(numbers),
-        RANK=rank, HAS_SOURCE_1=first[2], HAS_SOURCE_2=second[2], HAS_SCALE=has_scale, COLUMNS=_COLUMNS, STEP=_STEP,
-        PRECISION="ieee" if single else "tf32", num_warps=4, num_stages=2,
+        RANK=rank, RANKS=rank_width(rank), HAS_SOURCE_1=first[2], HAS_SOURCE_2=second[2], HAS_SCALE=has_scale,
+        COLUMNS=_COLUMNS, STEP=_STEP, PRECISION="ieee" if single else "tf32", num_warps=4, num_stages=2,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from ..scaled import ScaledStack
 from .dequantize import runs_on
 from .descriptors import has_descriptors, has_warp_specialization, of_rows, of_stack
 from .launch import Launch, once_a_shape
-from .tiles import find_tile, row_tiles
+from .tiles import find_tile, rank_width, row_tiles
 
 
 @triton.jit
@@ -33,9 +33,9 @@ def project_tile(
     x, x_tiles, source, w, w_tiles, w_scales, a, b, bias, out, low,
     scale, n_size, k_size, scale_rows, scale_columns,
     x_row, w_expert, w_n, w_k, s_expert, s_n, s_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
-    RANK: tl.constexpr, HAS_SOURCE: tl.constexpr, X_TILES: tl.constexpr, W_TILES: tl.constexpr, K_FIRST: tl.constexpr,
-    SCALED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SCALE_OUT: tl.constexpr, EVEN_K: tl.constexpr, WHOLE_N: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, HAS_SOURCE: tl.constexpr, X_TILES: tl.constexpr, W_TILES: tl.constexpr,
+    K_FIRST: tl.constexpr, SCALED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SCALE_OUT: tl.constexpr, EVEN_K: tl.constexpr, WHOLE_N: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = start + tl.arange(0, ROWS)
@@ -52,17 +52,19 @@ def project_tile(
     columns = first_column + tl.arange(0, COLUMNS)
     column_mask = columns < n_size
     steps = tl.arange(0, STEP)
-    ranks = tl.arange(0, RANK)
+    ranks = tl.arange(0, RANKS)  # RANK of them, and what is missing to a power of two
     expert64 = expert.to(tl.int64)
     x_at = x + position[:, None] * x_row + steps[None, :]
-    inside_columns = columns if WHOLE_N else tl.where(column_mask, columns, 0)
+    # Factors of ranks that are no power of two: their last columns are masked, not moved.
+    NARROW: tl.constexpr = COLUMNS <= 64 and not (WHOLE_N or SCALED or HAS_B)
+    inside_columns = columns if WHOLE_N or NARROW else tl.where(column_mask, columns, 0)
     w_at = w + expert64 * w_expert + inside_columns[None, :] * w_n + steps[:, None] * w_k
     if SCALED:
         scales_at = w_scales + expert64 * s_expert + (inside_columns // scale_rows) * s_n
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     if HAS_A:
         a_at = a + expert64 * a_expert + ranks[None, :] * a_r + steps[:, None] * a_k
-        low_total = tl.zeros((ROWS, RANK), dtype=tl.float32)
+        low_total = tl.zeros((ROWS, RANKS), dtype=tl.float32)
     for k in range(0, k_size, STEP):
         if X_TILES:
             x_tile = x_tiles.load([start, k])
@@ -78,7 +80,10 @@ def project_tile(
             else:
                 w_tile = w_tiles.load([expert * n_size + first_column, k]).T
         else:
-            w_tile = tl.load(w_at) if EVEN_K else tl.load(w_at, mask=(k + steps < k_size)[:, None], other=0.0)
+            if NARROW:
+                w_tile = tl.load(w_at, mask=(k + steps < k_size)[:, None] & column_mask[None, :], other=0.0)
+            else:
+                w_tile = tl.load(w_at) if EVEN_K else tl.load(w_at, mask=(k + steps < k_size)[:, None], other=0.0)
             w_at += STEP * w_k
         if SCALED:  # of one step along K they are those of its first column
             part = tl.dot(x_tile, w_tile.to(x_tile.dtype), input_precision=PRECISION)
@@ -86,23 +91,29 @@ def project_tile(
         else:
             total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
         if HAS_A:
-            if EVEN_K:
+            if EVEN_K and RANK == RANKS:
                 a_tile = tl.load(a_at)
             else:
-                a_tile = tl.load(a_at, mask=(k + steps < k_size)[:, None], other=0.0)
+                a_tile = tl.load(a_at, mask=(k + steps < k_size)[:, None] & (ranks < RANK)[None, :], other=0.0)
             low_total = tl.dot(x_tile, a_tile, low_total, input_precision=PRECISION)
             a_at += STEP * a_k
     if HAS_B:
         low_at = low + rows.to(tl.int64)[:, None] * RANK + ranks[None, :]
+        low_mask = row_mask[:, None]
+        b_at = b + expert64 * b_expert + ranks[:, None] * b_r + inside_columns[None, :] * b_n
+        if RANK == RANKS:
+            b_tile = tl.load(b_at)
+        else:
+            low_mask &= (ranks < RANK)[None, :]
+            b_tile = tl.load(b_at, mask=(ranks < RANK)[:, None], other=0.0)
         if HAS_A:
             low_tile = (low_total * scale).to(x.dtype.element_ty)
         else:
-            low_tile = tl.load(low_at, mask=row_mask[:, None], other=0.0)
-        b_tile = tl.load(b + expert64 * b_expert + ranks[:, None] * b_r + inside_columns[None, :] * b_n)
+            low_tile = tl.load(low_at, mask=low_mask, other=0.0)
         total = tl.dot(low_tile, b_tile, total, input_precision=PRECISION)
         if HAS_A:
             if column_tile == 0:
-                tl.store(low_at, low_tile, mask=row_mask[:, None])
+                tl.store(low_at, low_tile, mask=low_mask)
     if HAS_BIAS:
         total += tl.load(bias + expert64 * n_size + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     if SCALE_OUT:
@@ -116,7 +127,7 @@ def _project_kernel(
     x, x_tiles, x_halves, source, w, w_tiles, w_scales, a, b, bias, offsets, out, low,
     scale, n_size, k_size, scale_rows, scale_columns,
     x_row, w_expert, w_n, w_k, s_expert, s_n, s_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
-    experts: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr,
+    experts: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
     HAS_SOURCE: tl.constexpr, X_TILES: tl.constexpr, W_TILES: tl.constexpr, K_FIRST: tl.constexpr,
     SCALED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, SCALE_OUT: tl.constexpr,
     EVEN_K: tl.constexpr, WHOLE_N: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr, PRECISION: tl.constexpr,
@@ -134,8 +145,8 @@ def _project_kernel(
                 x, x_halves, source, w, w_tiles, w_scales, a, b, bias, out, low,
                 scale, n_size, k_size, scale_rows, scale_columns,
                 x_row, w_expert, w_n, w_k, s_expert, s_n, s_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
-                RANK, HAS_SOURCE, X_TILES, W_TILES, K_FIRST, SCALED, HAS_A, HAS_B, HAS_BIAS, SCALE_OUT, EVEN_K, WHOLE_N,
-                ROWS // 2, COLUMNS, STEP, PRECISION,
+                RANK, RANKS, HAS_SOURCE, X_TILES, W_TILES, K_FIRST, SCALED, HAS_A, HAS_B, HAS_BIAS, SCALE_OUT, EVEN_K,
+                WHOLE_N, ROWS // 2, COLUMNS, STEP, PRECISION,
             )  # fmt: skip
         else:
             project_tile(
@@ -143,8 +154,8 @@ def _project_kernel(
                 x, x_tiles, source, w, w_tiles, w_scales, a, b, bias, out, low,
                 scale, n_size, k_size, scale_rows, scale_columns,
                 x_row, w_expert, w_n, w_k, s_expert, s_n, s_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
-                RANK, HAS_SOURCE, X_TILES, W_TILES, K_FIRST, SCALED, HAS_A, HAS_B, HAS_BIAS, SCALE_OUT, EVEN_K, WHOLE_N,
-                ROWS, COLUMNS, STEP, PRECISION,
+                RANK, RANKS, HAS_SOURCE, X_TILES, W_TILES, K_FIRST, SCALED, HAS_A, HAS_B, HAS_BIAS, SCALE_OUT, EVEN_K,
+                WHOLE_N, ROWS, COLUMNS, STEP, PRECISION,
             )  # fmt: skip
 
 
@@ -161,7 +172,7 @@ def _tiles(rows: int, experts: int, columns: int, device: torch.device, scaled: 
     """Tile sizes by the mean number of rows of an expert; `benchmarks/pieces.py --sweep` measures them."""
     mean = rows / experts
     if columns <= 64:  # LoRA A by itself
-        width = max(16, 1 << (columns - 1).bit_length())
+        width = rank_width(columns)
         if mean <= LARGE_ROWS:
             return {"ROWS": 32, "COLUMNS": width, "STEP": 64, "num_warps": 2, "num_stages": 3}
         return {"ROWS": 128, "COLUMNS": width, "STEP": 64, "num_warps": 4, "num_stages": 4}
@@ -210,7 +221,7 @@ def project(
     Args:
         x: `(T, K)` with unit stride in K. source: `(S,)` row of x for each sorted row; `None`: x is `(S, K)` itself.
         weight: `(E, N, K)`, any strides, or codes that `multiplies`.
-        a: `(E, R, K)`, b: `(E, N, R)`, any strides, R a power of two >= 16; or both `None`.
+        a: `(E, R, K)`, b: `(E, N, R)`, any strides; or both `None`.
         scale: of the low-rank product. bias: contiguous `(E, N)` or `None`.
         offsets: `(E,)` int32 ends of the experts' rows.
         tiles: sizes to use instead of the default ones.
@@ -301,14 +312,14 @@ def _of_shapes(
 ) -> Launch:  # fmt: skip
     experts, n_size, k_size = shape
     chosen = dict(tiles)
-    columns = chosen["COLUMNS"]
+    columns, rank = chosen["COLUMNS"], b[0] if b else 16
     covered, scale_strides = ((1, 1), (0, 0, 0)) if scaling is None else (scaling[:2], scaling[2:])
     height = -(-row_tiles(rows, experts, chosen["ROWS"]) // _GROUP) * _GROUP
     return Launch(
         _project_kernel, (height * -(-n_size // columns),),
         (scale, n_size, k_size, *covered, x_row, *w_strides, *scale_strides,
          *(a_strides or (0, 0, 0)), *(b[1:] if b else (0, 0, 0))),
-        experts=experts, EXPERTS=1 << (experts - 1).bit_length(), RANK=b[0] if b else 16,
+        experts=experts, EXPERTS=1 << (experts - 1).bit_length(), RANK=rank, RANKS=rank_width(rank),
         HAS_SOURCE=has_source, X_TILES=by_x_tiles, W_TILES=by_w_tiles, K_FIRST=w_strides[2] != 1,
         SCALED=scaling is not None, HAS_A=a_strides is not None, HAS_B=b is not None,
         HAS_BIAS=has_bias, SCALE_OUT=scale_out, EVEN_K=k_size % chosen["STEP"] == 0,

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..activation import GatedSwish
 from .launch import Launch, once_a_shape
 from .project import project_tile
-from .tiles import find_tile, row_tiles
+from .tiles import find_tile, rank_width, row_tiles
 
 
 @triton.jit
@@ -61,7 +61,8 @@ def _store_gate_and_up(
 @triton.jit
 def _low_tile(
     expert, start, end, x, a, low, scale, k_size, a_expert, a_r, a_k,
-    RANK: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """`low = scale A x` of rows that this program has just written: they are in the cache still."""
     tl.debug_barrier()  # each thread reads what others wrote
@@ -70,7 +71,8 @@ def _low_tile(
         x, None, None, a, None, None, None, None, None, low, None,
         scale, RANK, k_size, 1, 1,
         k_size, a_expert, a_r, a_k, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-        RANK, False, False, False, False, False, False, False, False, True, EVEN_K, True, ROWS, RANK, STEP, PRECISION,
+        RANK, RANKS, False, False, False, False, False, False, False, False, True, EVEN_K,
+        RANK == RANKS, ROWS, RANKS, STEP, PRECISION,
     )  # fmt: skip
 
 
@@ -79,7 +81,7 @@ def _gated_kernel(
     pre, hidden, a, low, offsets, scale, inner, a_expert, a_r, a_k,
     experts: tl.constexpr, EXPERTS: tl.constexpr,
     ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HAS_A: tl.constexpr, RANK: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_A: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     expert, start, end = find_tile(offsets, tl.program_id(0), experts, EXPERTS, ROWS)
@@ -99,7 +101,7 @@ def _gated_kernel(
         if HAS_A:
             _low_tile(
                 expert, start, end, hidden, a, low, scale, inner, a_expert, a_r, a_k,
-                RANK, EVEN_K, PRECISION, ROWS, STEP,
+                RANK, RANKS, EVEN_K, PRECISION, ROWS, STEP,
             )  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def gated(
 ) -> tuple[Tensor, Tensor | None]:
     """A gated swish in fp32, rounded once, and its product with A.
 
-    Args: pre `(S, 2I)` sorted by expert. a: `(E, R, I)`, any strides, R a power of two >= 16, or `None`.
+    Args: pre `(S, 2I)` sorted by expert. a: `(E, R, I)`, any strides, or `None`.
         scale: of that product. offsets: `(E,)` int32 ends of the experts' rows.
     Returns: hidden `(S, I)` and low `(S, R)`; rows past `offsets[-1]` are not written.
     """
@@ -143,11 +145,12 @@ def _forward(
 def _constants(
     form: GatedSwish, experts: int, factor: _Factor | None, width: int, single: bool, tiles: dict[str, int]
 ) -> dict[str, Any]:
+    rank = factor[0] if factor else 16
     return {
         "experts": experts, "EXPERTS": 1 << (experts - 1).bit_length(),
         "ALPHA": form.alpha, "SHIFT": form.shift, "LIMIT": -1.0 if form.limit is None else form.limit,
         "INTERLEAVED": form.interleaved,
-        "HAS_A": factor is not None, "RANK": factor[0] if factor else 16, "EVEN_K": width % tiles["STEP"] == 0,
+        "HAS_A": factor is not None, "RANK": rank, "RANKS": rank_width(rank), "EVEN_K": width % tiles["STEP"] == 0,
         "PRECISION": "ieee" if single else "tf32", **tiles,
     }  # fmt: skip
 
@@ -157,7 +160,7 @@ def _gated_backward_kernel(
     pre, d_hidden, weights, order, offsets, d_pre, dots, b, low, scale, inner, rows, b_expert, b_r, b_n,
     experts: tl.constexpr, EXPERTS: tl.constexpr,
     ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HAS_A: tl.constexpr, RANK: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_A: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     expert, start, end = find_tile(offsets, tl.program_id(0), experts, EXPERTS, ROWS)
@@ -207,7 +210,7 @@ def _gated_backward_kernel(
         if HAS_A:
             _low_tile(
                 expert, start, end, d_pre, b, low, scale, 2 * inner, b_expert, b_r, b_n,
-                RANK, EVEN_K, PRECISION, ROWS, STEP,
+                RANK, RANKS, EVEN_K, PRECISION, ROWS, STEP,
             )  # fmt: skip
     else:  # rows of no expert may hold anything, NaN too
         left_over = tl.load(offsets + experts - 1) + start + lanes
@@ -230,8 +233,8 @@ def gated_backward(
     """Backward of a gated swish and of the routing weight; hidden `(S, I)` takes the place of d_hidden.
 
     Args: pre `(S, 2I)`, d_hidden `(S, I)` before weighting, both sorted; weights contiguous `(T, k)`; order, offsets:
-        see `Routing`. d_pre: receives that of `weight * d_hidden`; may be pre itself. b: `(E, R, 2I)`, any strides, R
-        a power of two >= 16, or `None`. scale: of the product with it.
+        see `Routing`. d_pre: receives that of `weight * d_hidden`; may be pre itself. b: `(E, R, 2I)`, any strides,
+        or `None`. scale: of the product with it.
     Returns: rowdot(hidden, d_hidden) `(S,)`, summed in fp32, in the order of weights, zero for rows of no expert; and
         `scale b d_pre` `(S, R)`.
     """

@@ -24,3 +24,8 @@ def find_tile(offsets, tile, experts: tl.constexpr, EXPERTS: tl.constexpr, ROWS:
 def row_tiles(rows: int, experts: int, height: int) -> int:
     """At most how many tiles of so many rows it takes when none holds rows of two experts; no look at the routing."""
     return rows // height + min(experts, rows)
+
+
+def rank_width(rank: int) -> int:
+    """The power of two in whose columns a low-rank product is computed: at least what `tl.dot` takes."""
+    return max(16, 1 << (rank - 1).bit_length())

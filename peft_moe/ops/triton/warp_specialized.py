@@ -29,6 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .descriptors import is_aligned, stack_as_matrix
 from .launch import Launch, once_a_shape
+from .tiles import rank_width
 
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed in Triton 3.7
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -261,17 +262,18 @@ def multiply(
     """
     experts, n_size, k_size = weight.shape
     rank = 16 if b is None else b.shape[2]
+    ranks = rank_width(rank)
     k_first, r_first = weight.stride(2) != 1, b is not None and b.stride(2) != 1
     # Transposed weights: past K such a tile holds those of the next expert, which zeros of x do not hide if they are
-    # infinite.
-    if x.dtype not in _DTYPES or rank > _LARGEST_RANK or (k_first and k_size % _STEP):
+    # infinite. So it is with B and its rank.
+    if x.dtype not in _DTYPES or rank > _LARGEST_RANK or (k_first and k_size % _STEP) or (r_first and rank != ranks):
         return False
     if not (is_aligned(x, x.stride(0)) and is_aligned(out, n_size) and (low is None or is_aligned(low, rank))):
         return False
-    wide = _COLUMNS if rank == 16 else _COLUMNS // 2  # of what is stored at once: there is no room for more
+    wide = _COLUMNS if ranks == 16 else _COLUMNS // 2  # of what is stored at once: there is no room for more
     w_tiles, low_tiles, b_tiles = _of_stack(weight, _STEP), None, None
     if b is not None and low is not None:
-        low_tiles, b_tiles = _tiles(low, low.shape, rank, (_HALF, rank)), _of_stack(b, rank)
+        low_tiles, b_tiles = _tiles(low, low.shape, rank, (_HALF, ranks)), _of_stack(b, ranks)
     if w_tiles is None or (b is not None and b_tiles is None):
         return False
     launch = _of_shapes(x.device, experts, n_size, k_size, k_first, rank, b is not None, r_first, bias is not None)
