@@ -20,12 +20,9 @@ from collections.abc import Callable
 
 import peers
 import torch
-from common import NotTimed, heading, measure, output, positive, save
+from common import REFUSALS, heading, measure, output, positive, save
 from contenders import SHAPES, Shape, contender, contender_names, inputs
 from torch import Tensor, nn
-
-# What a contender that cannot run here raises. The others are measured.
-REFUSALS = (NotTimed, ImportError, torch.cuda.OutOfMemoryError)
 
 
 def step_of(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor, Tensor], forward_only: bool) -> Callable[[], None]:

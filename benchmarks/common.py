@@ -28,6 +28,10 @@ class NotTimed(RuntimeError):
     """What is asked for exists, but cannot run here."""
 
 
+# What a contender that cannot run here raises: it is not timed, the others are.
+REFUSALS = (NotTimed, ImportError, torch.cuda.OutOfMemoryError)
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1, as argparse's `type`."""
     if not text.isdecimal() or int(text) < 1:
