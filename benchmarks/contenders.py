@@ -144,6 +144,8 @@ def contender(name: str, shape: Shape, rank: int, device: torch.device, dtype: t
         raise NotTimed(str(error)) from None
     if backend not in ("auto", chosen):
         raise NotTimed(f"PEFT_MOE_GROUPED=0 in the environment runs {chosen!r} in the place of {backend!r}")
+    if name == "plain" and rank * dtype.itemsize % 16:
+        raise NotTimed(f"torch's grouped product reads rows of whole 16 bytes, r={rank} in {dtype} is none")
     block = Block(shape, device, dtype)
     if base:
         quantize(block, base, shape, device)
