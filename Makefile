@@ -78,8 +78,11 @@ docs: $(VENV)/.installed-docs
 
 bench: $(VENV)/.installed
 	mkdir -p benchmarks/out
+	@touch benchmarks/out/.started
 	$(BIN)/python benchmarks/block.py --out benchmarks/out/block.json $(BENCH)
-	$(BIN)/python benchmarks/plot.py benchmarks/out/block.json benchmarks/out/block.png
+	@if [ benchmarks/out/block.json -nt benchmarks/out/.started ]; then \
+	  $(BIN)/python benchmarks/plot.py benchmarks/out/block.json benchmarks/out/block.png; \
+	else echo 'No picture: this run did not write benchmarks/out/block.json. To draw another file: benchmarks/plot.py'; fi
 
 clean:
 	rm -rf $(VENV) $(VENV_V4) site quickstart_out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

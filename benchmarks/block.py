@@ -15,175 +15,42 @@ count: absolute times hold for one machine.
 from __future__ import annotations
 
 import argparse
-import json
 import traceback
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import peers
-import peft
 import torch
-import transformers
-from common import measure, nf4
+from common import REFUSALS, heading, measure, output, positive, save
+from contenders import SHAPES, Shape, contender, contender_names, inputs
 from torch import Tensor, nn
-from torch.nn.functional import grouped_mm
-from transformers import GptOssConfig, Qwen3MoeConfig
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-
-import peft_moe
-from peft_moe import MoELoraConfig, quantize_experts
 
 
-@dataclass(frozen=True)
-class Shape:
-    """E experts, top-k, hidden and inner size. `gpt_oss`: transposed, interleaved, with biases."""
+def step_of(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor, Tensor], forward_only: bool) -> Callable[[], None]:
+    """What is timed: a forward and a backward, or a forward without gradients."""
+    x, index, weights, probe = batch
+    leaves = [x, weights, *model.parameters()]
 
-    experts: int
-    top_k: int
-    hidden: int
-    inner: int
-    gpt_oss: bool = False
+    def step() -> None:
+        if forward_only:
+            with torch.no_grad():
+                model(x, index, weights)
+            return
+        model(x, index, weights).backward(probe)
+        for tensor in leaves:
+            tensor.grad = None
 
-
-SHAPES = {
-    "qwen3-30b": Shape(128, 8, 2048, 768),
-    "mixtral": Shape(8, 2, 4096, 14336),
-    "gpt-oss-20b": Shape(32, 4, 2880, 2880, gpt_oss=True),
-    "deepseek-v3": Shape(256, 8, 7168, 2048),
-    "olmoe": Shape(64, 8, 2048, 1024),
-    "tiny": Shape(16, 2, 64, 48),
-}
+    return step
 
 
-class Block(nn.Module):
-    """Routing held fixed: the experts alone are measured."""
-
-    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__()
-        sizes = {"num_experts_per_tok": shape.top_k, "hidden_size": shape.hidden}
-        config: GptOssConfig | Qwen3MoeConfig
-        if shape.gpt_oss:
-            config = GptOssConfig(num_local_experts=shape.experts, intermediate_size=shape.inner, **sizes)
-        else:
-            config = Qwen3MoeConfig(num_experts=shape.experts, moe_intermediate_size=shape.inner, **sizes)
-        config._experts_implementation = "grouped_mm"
-        with torch.device(device):
-            experts = GptOssExperts if shape.gpt_oss else Qwen3MoeExperts
-            self.experts = experts(config).to(dtype)
-        for parameter in self.experts.parameters():
-            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-            parameter.requires_grad_(False)
-        self.config = config
-
-    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return self.experts(x, index, weights)
-
-
-class Plain(nn.Module):
-    """LoRA by separate grouped products, differentiated by autograd: what a user would write in an afternoon."""
-
-    def __init__(self, block: Block, shape: Shape, rank: int) -> None:
-        super().__init__()
-        base: Any = block.experts
-        self.up, self.down = base.gate_up_proj.data, base.down_proj.data
-        if shape.gpt_oss:
-            self.up, self.down = self.up.mT, self.down.mT
-        self.biases = [base.gate_up_proj_bias, base.down_proj_bias] if shape.gpt_oss else None
-        self.gate = base._apply_gate
-        for name, stack in (("up", self.up), ("down", self.down)):
-            like = {"device": stack.device, "dtype": stack.dtype}
-            a = torch.randn(shape.experts, rank, stack.shape[2], **like) * stack.shape[2] ** -0.5
-            setattr(self, f"{name}_a", nn.Parameter(a))
-            setattr(self, f"{name}_b", nn.Parameter(torch.randn(shape.experts, stack.shape[1], rank, **like)))
-
-    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        tokens, top_k = index.shape
-        experts, order = index.flatten().sort()
-        offsets = torch.searchsorted(experts, torch.arange(len(self.up), device=x.device), right=True, out_int32=True)
-
-        def project(rows: Tensor, stack: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-            out = grouped_mm(rows, stack.mT, offs=offsets)
-            out = out + 2.0 * grouped_mm(grouped_mm(rows, a.mT, offs=offsets), b.mT, offs=offsets)
-            return out if bias is None else out + bias[experts]
-
-        up_bias, down_bias = self.biases or (None, None)
-        pre = project(x[order // top_k], self.up, self.up_a, self.up_b, up_bias)
-        out = project(self.gate(pre), self.down, self.down_a, self.down_b, down_bias)
-        rows = torch.empty_like(out).index_copy(0, order, out * weights.flatten()[order, None])
-        return rows.view(tokens, top_k, -1).sum(1)
-
-
-def quantize(block: Block, base: str, shape: Shape, device: torch.device) -> None:
-    """Store the experts in NF4 with double quantization, or as FP8 in blocks of 128 x 128."""
-    if base == "nf4":
-        quantize_experts(block, nf4())
-        return
-    from transformers.integrations.finegrained_fp8 import FP8Experts
-
-    dense = block.experts
-    with torch.device(device):
-        block.experts = FP8Experts(block.config, block_size=(128, 128))
-    for name in ("gate_up_proj", "down_proj"):
-        weight = getattr(dense, name).data.float()
-        experts, rows, cols = weight.shape
-        blocks = weight.view(experts, rows // 128, 128, cols // 128, 128)
-        scale = blocks.abs().amax(dim=(2, 4)) / 448
-        codes = (blocks / scale[:, :, None, :, None]).view_as(weight).to(torch.float8_e4m3fn)
-        getattr(block.experts, name).data = codes
-        getattr(block.experts, f"{name}_scale_inv").data = scale
-
-
-def contender(name: str, shape: Shape, rank: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The block with the adapter of one contender."""
-    torch.manual_seed(0)
-    block = Block(shape, device, dtype)
-    name, _, base = name.partition("@")
-    if base and name in peers.PEERS:
-        raise peers.PeerError(f"measured on 16-bit experts alone: {name}, not {name}@{base}")
-    if base:
-        quantize(block, base, shape, device)
-    if name == "frozen":
-        return block
-    if name == "plain":
-        return Plain(block, shape, rank)
-    if name == "peft" or name in peers.PEERS:
-        config: peft.PeftConfig = peft.LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules=[],
-            target_parameters=["experts.gate_up_proj", "experts.down_proj"], init_lora_weights=False,
-        )  # fmt: skip
-    else:
-        config = MoELoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules=[], init_lora_weights=False,
-            experts_backend=name.partition(":")[2] or "auto",
-        )  # fmt: skip
-    model = peft.get_peft_model(block, config, autocast_adapter_dtype=False)
+def checked(
+    name: str, shape: Shape, tokens: int, rank: int, device: torch.device, dtype: torch.dtype, zipf: bool
+) -> nn.Module:
+    """The block of a contender; a peer's after its result has agreed with a loop. Raises one of `REFUSALS`."""
+    model = contender(name, shape, rank, device, dtype)
     if name in peers.PEERS:
-        peers.attach(name, model)
-    return model.get_base_model()  # the wrapper's own forward runs once a model, not once a block
-
-
-def inputs(
-    count: int, shape: Shape, device: torch.device, dtype: torch.dtype, zipf: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x `(T, H)`, index and weights `(T, k)`, and the output's gradient `(T, H)`; x and weights are leaves."""
-    chosen = scores(count, shape.experts, zipf).softmax(dim=-1).topk(shape.top_k, dim=-1)
-    weights, index = (value.to(device) for value in chosen)
-    generator = torch.Generator().manual_seed(count)
-    x = torch.randn(count, shape.hidden, generator=generator).to(device, dtype).requires_grad_()
-    probe = torch.randn(count, shape.hidden, generator=generator).to(device, dtype)
-    return x, index, weights.to(dtype).requires_grad_(), probe
-
-
-def scores(count: int, experts: int, zipf: bool) -> Tensor:
-    """`(T, E)` router scores: the same for all experts on average, or favouring some as 1, 1/2, 1/3, ..."""
-    generator = torch.Generator().manual_seed(count)
-    found = torch.rand(count, experts, generator=generator)
-    if zipf:  # the k largest of these are draws without replacement, in proportion
-        found = -found.log() * torch.arange(1, experts + 1)
-        return -found.log()
-    return found
+        error = peers.check(model, *inputs(tokens, shape, device, dtype, zipf))
+        print(f"{name:10s} agrees with a float64 loop over experts: largest relative error {error:.1e}")
+    return model
 
 
 def run(
@@ -198,84 +65,74 @@ def run(
     forward_only: bool = False,
     queued: bool = False,
 ) -> list[dict[str, float | str | int]]:
-    """A row for every contender and number of tokens."""
-    rows = []
+    """A row for every contender and number of tokens; of what cannot run, one that says why as "not_timed"."""
+    rows: list[dict[str, float | str | int]] = []
+
+    def refuse(row: dict[str, float | str | int], label: str, reason: Exception) -> None:
+        if reason.__cause__ is not None:
+            traceback.print_exception(reason)
+        print(f"{label} not timed: {reason}", flush=True)
+        rows.append({**row, "not_timed": str(reason)})
+
     for name in names:
         try:
-            model = contender(name, shape, rank, device, dtype)
-            if name in peers.PEERS:
-                error = peers.check(model, *inputs(min(tokens), shape, device, dtype, zipf))
-                print(f"{name:10s} agrees with a float64 loop over experts: largest relative error {error:.1e}")
-        except peers.PeerError as reason:
-            if reason.__cause__ is not None:
-                traceback.print_exception(reason)
-            print(f"{name:10s} not timed: {reason}", flush=True)
+            model = checked(name, shape, min(tokens), rank, device, dtype, zipf)
+        except REFUSALS as reason:
+            refuse({"contender": name}, f"{name:10s}", reason)
             continue
         for count in tokens:
-            x, index, weights, probe = inputs(count, shape, device, dtype, zipf)
-            leaves = [x, weights, *model.parameters()]
-
-            def step(
-                model: nn.Module = model, x: Tensor = x, index: Tensor = index, weights: Tensor = weights,
-                probe: Tensor = probe, leaves: list[Tensor] = leaves,
-            ) -> None:  # fmt: skip
-                if forward_only:
-                    with torch.no_grad():
-                        model(x, index, weights)
-                    return
-                model(x, index, weights).backward(probe)
-                for tensor in leaves:
-                    tensor.grad = None
-
-            milliseconds, peak = measure(step, device, repeats, queued)
-            rows.append({"contender": name, "tokens": count, "ms": round(milliseconds, 3), "peak_mib": round(peak, 1)})
-            print(f"{name:10s} T={count:6d}  {milliseconds:8.3f} ms  {peak:8.1f} MiB", flush=True)
+            row: dict[str, float | str | int] = {"contender": name, "tokens": count}
+            label = f"{name:10s} T={count:6d} "
+            try:
+                step = step_of(model, inputs(count, shape, device, dtype, zipf), forward_only)
+                milliseconds, peak = measure(step, device, repeats, queued)
+            except REFUSALS as reason:
+                refuse(row, label, reason)
+                model.zero_grad()
+                continue
+            rows.append({**row, "ms": round(milliseconds, 3), "peak_mib": round(peak, 1)})
+            print(f"{label} {milliseconds:8.3f} ms  {peak:8.1f} MiB", flush=True)
         del model
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return rows
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Measure and print; with --out write the rows as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contenders", nargs="+", default=["frozen", "peft", "peft-moe"])
+    default = ["frozen", "peft", "peft-moe"]
+    parser.add_argument("--contenders", nargs="+", choices=contender_names(), default=default, metavar="NAME")
     parser.add_argument("--peers", action="store_true", help="add every peer that is installed (see peers.py)")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES))
-    parser.add_argument("--tokens", nargs="+", type=int)
-    parser.add_argument("--ranks", nargs="+", type=int, default=[16])
+    parser.add_argument("--tokens", nargs="+", type=positive)
+    parser.add_argument("--ranks", nargs="+", type=positive, default=[16])
     parser.add_argument("--zipf", action="store_true", help="skewed routing")
     parser.add_argument("--forward-only", action="store_true", help="without gradients, as when decoding")
     parser.add_argument("--queued", action="store_true", help="the host does not wait for a step, as in training")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    parser.add_argument("--repeats", type=positive, default=20)
+    parser.add_argument("--out", type=output, help="a JSON file, replaced when all is measured")
+    arguments = parser.parse_args(given)
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
+    device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)
     tokens = arguments.tokens or ([512, 4096, 16384] if on_gpu else [64])
-    machine = torch.cuda.get_device_name() if on_gpu else "CPU (times mean nothing here)"
-    print(
-        f"{machine}; torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
-        f"peft-moe {peft_moe.__version__}"
-    )
+    print(heading())
     names = arguments.contenders
     if arguments.peers:
         found = peers.installed()
         for name in peers.PEERS:
             print(f"{name} {found.get(name, 'is not installed')}")
         names = [*names, *(name for name in found if name not in names)]
+    settings = {word: getattr(arguments, word) for word in ("zipf", "forward_only", "queued")}
     rows: list[dict[str, float | str | int]] = []
     for shape in arguments.shapes or ["qwen3-30b" if on_gpu else "tiny"]:
         for rank in arguments.ranks:
-            said = [word for word in ("zipf", "forward_only", "queued") if getattr(arguments, word)]
-            print(", ".join([shape, f"r={rank}", *said]))
-            measured = run(
-                names, SHAPES[shape], tokens, rank, arguments.repeats, device,
-                torch.bfloat16 if on_gpu else torch.float32, arguments.zipf, arguments.forward_only, arguments.queued,
-            )  # fmt: skip
+            print(", ".join([shape, f"r={rank}", *(word for word, wanted in settings.items() if wanted)]))
+            measured = run(names, SHAPES[shape], tokens, rank, arguments.repeats, device, dtype, **settings)
             rows += [{"shape": shape, "rank": rank, **row} for row in measured]
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        timed, not_timed = ([row for row in rows if ("not_timed" in row) is refused] for refused in (False, True))
+        save(arguments.out, settings={**settings, "repeats": arguments.repeats}, rows=timed, not_timed=not_timed)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from functools import partial
-from pathlib import Path
 
 import torch
-import transformers
-from common import measure, nf4
+from common import heading, measure, nf4, output, positive, save
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
@@ -60,17 +57,13 @@ def main(arguments: list[str] | None = None) -> list[dict[str, float | str | int
     """Measure and print; with --out write the rows as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bases", nargs="+", choices=["bf16", "nf4"], default=["bf16", "nf4"])
-    parser.add_argument("--tokens", nargs="+", type=int)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tokens", nargs="+", type=positive)
+    parser.add_argument("--repeats", type=positive, default=10)
+    parser.add_argument("--out", type=output)
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes, lengths = (FULL, [512, 2048, 4096]) if device == "cuda" else (TINY, [64])
-    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(
-        f"{where}; torch {torch.__version__}, transformers {transformers.__version__}, peft-moe "
-        f"{peft_moe.__version__}; {sizes}"
-    )
+    print(f"{heading()}; {sizes}")
     rows: list[dict[str, float | str | int]] = []
     for base in options.bases:
         layer = Layer(sizes, device, base)
@@ -93,7 +86,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, float | str | int
             rows[-1] |= {"cosine_output": cosines[0], "cosine_gradient": cosines[1]}
             print(f"{'':13}cosine of outputs {cosines[0]:.6f}, of gradients {cosines[1]:.6f}", flush=True)
     if options.out is not None:
-        options.out.write_text(json.dumps({"machine": where, "rows": rows}, indent=1))
+        save(options.out, settings={"repeats": options.repeats}, rows=rows)
     return rows
 
 

@@ -9,7 +9,7 @@ Batch 1, gradient checkpointing, forward and backward. Peak is the most memory a
     peft         the same by stock PEFT, 16-bit bases only
     attention    LoRA on attention alone, frozen experts as the base runs them: on transformers 4 in a loop
     grouped      the same after `enable_grouped_experts`
-    loop         a Python loop over the routed experts, each three `Linear4bit` with its own LoRA
+    loop         a Python loop over the routed experts, each three `Linear4bit` with its own LoRA; NF4 alone
 """
 
 from __future__ import annotations
@@ -18,22 +18,26 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
+from typing import Any
 
 import peft
 import torch
-import transformers
-from common import nf4
+from common import REFUSALS, heading, nf4, output, positive, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-import peft_moe
 from peft_moe import MoELoraConfig, enable_grouped_experts, quantize_experts
 
 GIB = 2**30
+NEEDS = (
+    "needs a CUDA device, of 80 GiB for 48 layers: they are built in bf16 (57 GiB), also for NF4; "
+    "fewer --layers need less"
+)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+CONTENDERS = {name: ("bf16", "nf4") for name in ("peft-moe", "attention", "grouped")} | {
+    "peft": ("bf16",), "loop": ("nf4",),
+}  # fmt: skip
 
 
 def build(layers: int) -> nn.Module:
@@ -70,13 +74,13 @@ def experts_hit(model: nn.Module, tokens: int) -> list[int]:
 
 
 class Expert4bit(nn.Module):
-    """One expert as three `Linear4bit` with a LoRA each."""
+    """One expert as three `Linear4bit` with a LoRA each, its factors in `dtype`."""
 
-    def __init__(self, gate_up: Tensor, down: Tensor, rank: int) -> None:
+    def __init__(self, gate_up: Tensor, down: Tensor, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
         gate, up = gate_up.chunk(2)
         self.linears = nn.ModuleList(_linear_4bit(weight) for weight in (gate, up, down))
-        device, dtype = down.device, torch.float32
+        device = down.device
         shapes = [weight.shape for weight in (gate, up, down)]
         self.a = nn.ParameterList(torch.randn(rank, s[1], device=device, dtype=dtype) * s[1] ** -0.5 for s in shapes)
         self.b = nn.ParameterList(torch.zeros(s[0], rank, device=device, dtype=dtype) for s in shapes)
@@ -107,10 +111,10 @@ def _linear_4bit(weight: Tensor) -> nn.Module:
 class LoopExperts(nn.Module):
     """The routed experts in a loop, as a list of experts runs them."""
 
-    def __init__(self, experts: nn.Module, rank: int) -> None:
+    def __init__(self, experts: nn.Module, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
         pairs = zip(experts.gate_up_proj.data, experts.down_proj.data, strict=True)  # type: ignore[union-attr]
-        self.experts = nn.ModuleList(Expert4bit(gate_up, down, rank) for gate_up, down in pairs)
+        self.experts = nn.ModuleList(Expert4bit(gate_up, down, rank, dtype) for gate_up, down in pairs)
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -125,17 +129,19 @@ class LoopExperts(nn.Module):
 def contender(name: str, base: str, layers: int, rank: int, fp32_adapters: bool) -> tuple[nn.Module, int]:
     """(model, bytes of the base weights)."""
     model = build(layers)
+    config: peft.PeftConfig
     if name == "loop":
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for module in model.modules():
             if hasattr(module, "experts") and hasattr(module.experts, "gate_up_proj"):
-                module.experts = LoopExperts(module.experts, rank)
+                module.experts = LoopExperts(module.experts, rank, torch.float32 if fp32_adapters else torch.bfloat16)
         gc.collect()
         torch.cuda.empty_cache()
         own = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         resident = torch.cuda.memory_allocated() - own
-        adapted = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=ATTENTION))
+        config = peft.LoraConfig(r=rank, target_modules=ATTENTION)
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
         for module in adapted.modules():
             if isinstance(module, Expert4bit):  # PEFT froze what it does not know
                 module.a.requires_grad_(True)
@@ -146,7 +152,6 @@ def contender(name: str, base: str, layers: int, rank: int, fp32_adapters: bool)
         gc.collect()
         torch.cuda.empty_cache()
     resident = torch.cuda.memory_allocated()
-    config: peft.PeftConfig
     if name in ("attention", "grouped"):
         config = peft.LoraConfig(r=rank, target_modules=ATTENTION)
     elif name == "peft":
@@ -192,46 +197,67 @@ def measure(model: nn.Module, tokens: int, seconds: float, resident: int) -> dic
     }  # fmt: skip
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Measure and print; with --out write the rows as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", choices=["bf16", "nf4"], default="nf4")
-    parser.add_argument("--contenders", nargs="+", default=["peft-moe", "loop"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[2048])
-    parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--fp32-adapters", action="store_true", help="PEFT's default; not for its own experts")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["peft-moe", "loop"], metavar="NAME")
+    parser.add_argument("--tokens", nargs="+", type=positive, default=[2048])
+    parser.add_argument("--layers", type=positive, default=48)
+    parser.add_argument("--rank", type=positive, default=16)
+    parser.add_argument("--fp32-adapters", action="store_true", help="all factors in fp32, PEFT's default, not bf16")
     parser.add_argument("--seconds", type=float, default=6.0)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=output, help="a JSON file, replaced when all is measured")
+    arguments = parser.parse_args(given)
+    for name in arguments.contenders:
+        if arguments.base not in CONTENDERS[name]:
+            known = [other for other, bases in CONTENDERS.items() if arguments.base in bases]
+            parser.error(f"{name} runs on {CONTENDERS[name][0]} alone; --base {arguments.base} has {', '.join(known)}")
     if not torch.cuda.is_available():
-        sys.exit("benchmarks/model.py needs a CUDA device with 80 GiB")
+        parser.exit(2, f"benchmarks/model.py: {NEEDS}\n")
+    settings = {key: getattr(arguments, key) for key in ("base", "layers", "rank", "fp32_adapters", "seconds")}
     print(
-        f"{torch.cuda.get_device_name()}; torch {torch.__version__}, transformers {transformers.__version__}, peft "
-        f"{peft.__version__}, peft-moe {peft_moe.__version__}; {arguments.layers} layers, {arguments.base}, "
-        f"r={arguments.rank}, adapters in {'fp32' if arguments.fp32_adapters else 'bf16'}"
+        f"{heading()}; {arguments.layers} layers, {arguments.base}, r={arguments.rank}, adapters in "
+        f"{'fp32' if arguments.fp32_adapters else 'bf16'}"
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
+    not_timed: list[dict[str, Any]] = []
+
+    def refuse(row: dict[str, Any], reason: Exception) -> None:
+        not_timed.append({**row, "not_timed": str(reason)})
+        print(f"{json.dumps(row)} not timed: {reason}", flush=True)
+
     for name in arguments.contenders:
         started = time.perf_counter()
-        model, resident = contender(name, arguments.base, arguments.layers, arguments.rank, arguments.fp32_adapters)
-        model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        if hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
-        built = time.perf_counter() - started
-        hit = experts_hit(model, min(arguments.tokens))
-        print(f"{name}: experts hit by {min(arguments.tokens)} tokens: {min(hit)} to {max(hit)} of 128 a layer")
-        for tokens in arguments.tokens:
-            row: dict[str, float | str | int] = {"contender": name, "base": arguments.base, "tokens": tokens}
-            row |= {key: round(value, 3) for key, value in measure(model, tokens, arguments.seconds, resident).items()}
-            rows.append(row)
-            print(f"{json.dumps(row)}  (built in {built:.0f} s)", flush=True)
-        del model
+        model = None
+        try:
+            model, resident = contender(name, arguments.base, arguments.layers, arguments.rank, arguments.fp32_adapters)
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            if hasattr(model, "enable_input_require_grads"):
+                model.enable_input_require_grads()
+            built = time.perf_counter() - started
+            hit = experts_hit(model, min(arguments.tokens))
+            print(f"{name}: experts hit by {min(arguments.tokens)} tokens: {min(hit)} to {max(hit)} of 128 a layer")
+        except REFUSALS as reason:
+            refuse({"contender": name, "base": arguments.base}, reason)
+            model = None
+        for tokens in arguments.tokens if model is not None else []:
+            row: dict[str, Any] = {"contender": name, "base": arguments.base, "tokens": tokens}
+            try:
+                found = measure(model, tokens, arguments.seconds, resident)
+            except REFUSALS as reason:
+                refuse(row, reason)
+                model.zero_grad()
+                torch.cuda.empty_cache()
+                continue
+            rows.append(row | {key: round(value, 3) for key, value in found.items()})
+            print(f"{json.dumps(rows[-1])}  (built in {built:.0f} s)", flush=True)
+        model = None
         gc.collect()
         torch.cuda.empty_cache()
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps({"machine": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+        save(arguments.out, settings=settings, rows=rows, not_timed=not_timed)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from types import MethodType, ModuleType
 from typing import Any
 
 import torch
+from common import NotTimed
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ PARAMETERS = ("gate_up_proj", "down_proj")
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-3}
 
 
-class PeerError(RuntimeError):
+class PeerError(NotTimed):
     """A peer that is not there, does not run, or computes something else."""
 
 

@@ -10,6 +10,7 @@ import math
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -36,15 +37,31 @@ def floor_ms(tokens: int, experts: int = 128, top_k: int = 8, width: int = 2048,
     return 1e3 * max(flops / 790e12, moved / 4.3e12)
 
 
+def title_of(settings: dict[str, Any]) -> str:
+    """What was measured; files from before there were settings hold single steps, forward and backward."""
+    words = ["Forward" if settings.get("forward_only") else "Forward and backward"]
+    return ", ".join([*words, *(word for word in ("queued", "zipf") if settings.get(word))])
+
+
+def has_floor(shape: str, machine: str, settings: dict[str, Any]) -> bool:
+    """Whether `floor_ms` is of this GPU, block and step, and the routing reaches all experts."""
+    skipped = settings.get("forward_only") or settings.get("zipf")
+    return shape == "qwen3-30b" and "H200" in machine and not skipped
+
+
 def main(source: Path, target: Path) -> None:
     """Read the rows that `block.py --out` wrote, write a PNG."""
     data = json.loads(source.read_text())
+    settings = data.get("settings", {})
+    if not data["rows"]:
+        sys.exit(f"{source}: nothing was timed, there is nothing to draw")
     shape, rank = data["rows"][0]["shape"], data["rows"][0]["rank"]
     rows = [row for row in data["rows"] if (row["shape"], row["rank"]) == (shape, rank)]
     series = defaultdict(list)
     for row in rows:
         series[row["contender"]].append((row["tokens"], row["ms"], row["peak_mib"]))
-    measured = not any(math.isnan(row["peak_mib"]) for row in rows)  # there is no peak on a CPU
+    # There is no peak on a CPU: null, in older files NaN.
+    measured = not any(row["peak_mib"] is None or math.isnan(row["peak_mib"]) for row in rows)
     figure, axes = plt.subplots(1, 1 + measured, figsize=(10, 4.4), constrained_layout=True, squeeze=False)
     time, memory = axes[0, 0], axes[0, -1]
     for name, points in series.items():
@@ -54,9 +71,9 @@ def main(source: Path, target: Path) -> None:
         if measured:
             memory.plot(tokens, peak, style, color=color, marker="o", markersize=4)
     ticks = sorted({row["tokens"] for row in rows})
-    if shape == "qwen3-30b" and "H200" in data["machine"]:
+    if has_floor(shape, data["machine"], settings):
         time.plot(ticks, [floor_ms(tick) for tick in ticks], ":", color="black", label="floor")
-    titles = [(time, "Forward and backward", "ms"), (memory, "Peak above the weights", "MiB")]
+    titles = [(time, title_of(settings), "ms"), (memory, "Peak above the weights", "MiB")]
     for axis, title, unit in titles[: 1 + measured]:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
@@ -68,6 +85,7 @@ def main(source: Path, target: Path) -> None:
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     figure.suptitle(f"One experts block of {NAMES.get(shape, shape)}, r={rank}, {data['machine']}")
     figure.savefig(target, dpi=130)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

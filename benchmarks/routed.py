@@ -10,17 +10,13 @@ where another choice is faster, its constant `MARGIN` is wrong for this device. 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
-from block import SHAPES, Shape, contender, measure
+from common import heading, measure, output, positive, save
+from contenders import SHAPES, Shape, contender
 
-import peft_moe
 from peft_moe import routed
 
 TINY = Shape(16, 2, 128, 128)
@@ -64,18 +60,14 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Measure and print; with --out write the rows as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bases", nargs="+", default=["nf4", "fp8"], choices=["nf4", "fp8"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 12, 16, 32, 64, 128, 256])
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tokens", nargs="+", type=positive, default=[1, 2, 4, 8, 12, 16, 32, 64, 128, 256])
+    parser.add_argument("--rank", type=positive, default=16)
+    parser.add_argument("--repeats", type=positive, default=50)
+    parser.add_argument("--out", type=output)
     given = parser.parse_args(arguments)
     on_gpu = torch.cuda.is_available()
     device, shape = torch.device("cuda" if on_gpu else "cpu"), SHAPES["qwen3-30b"] if on_gpu else TINY
-    machine = torch.cuda.get_device_name() if on_gpu else "CPU (times mean nothing here)"
-    print(
-        f"{machine}; torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
-        f"peft-moe {peft_moe.__version__}; {shape}, r={given.rank}, MARGIN={routed.MARGIN}"
-    )
+    print(f"{heading()}; {shape}, r={given.rank}, MARGIN={routed.MARGIN}")
     print("| base | tokens | experts built | experts with rows | whole, ms | routed, ms | whole/routed | rule |")
     print("|---|---|---|---|---|---|---|---|")
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -85,7 +77,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         for row in run(base, shape, given.tokens, given.rank, given.repeats, device, dtype)
     ]  # fmt: skip
     if given.out is not None:
-        given.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        save(given.out, settings={"rank": given.rank, "repeats": given.repeats}, rows=rows)
     return rows
 
 
