@@ -9,6 +9,7 @@ Batch 1, gradient checkpointing, forward and backward. Peak is the most memory a
     peft         the same by stock PEFT, 16-bit bases only
     attention    LoRA on attention alone, frozen experts as the base runs them: on transformers 4 in a loop
     grouped      the same after `enable_grouped_experts`
+    unsloth      adapters as `peft` has them, run by unsloth_zoo where it is installed (see peers.py); likewise axolotl
     loop         a Python loop over the routed experts, each three `Linear4bit` with its own LoRA; NF4 alone
 """
 
@@ -21,9 +22,11 @@ import statistics
 import time
 from typing import Any
 
+import peers
 import peft
 import torch
 from common import REFUSALS, heading, nf4, output, positive, save
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
@@ -36,7 +39,7 @@ NEEDS = (
 )
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 CONTENDERS = {name: ("bf16", "nf4") for name in ("peft-moe", "attention", "grouped")} | {
-    "peft": ("bf16",), "loop": ("nf4",),
+    "peft": ("bf16",), **dict.fromkeys(peers.PEERS, ("bf16",)), "loop": ("nf4",),
 }  # fmt: skip
 
 
@@ -154,12 +157,16 @@ def contender(name: str, base: str, layers: int, rank: int, fp32_adapters: bool)
     resident = torch.cuda.memory_allocated()
     if name in ("attention", "grouped"):
         config = peft.LoraConfig(r=rank, target_modules=ATTENTION)
-    elif name == "peft":
+    elif name == "peft" or name in peers.PEERS:
         experts = ["experts.gate_up_proj", "experts.down_proj"]
         config = peft.LoraConfig(r=rank, target_modules=ATTENTION, target_parameters=experts)
     else:
         config = MoELoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ATTENTION)
     adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
+    if name in peers.PEERS:
+        for block in list(adapted.modules()):
+            if isinstance(getattr(block, "experts", None), ParamWrapper):
+                peers.attach(name, block)
     if name == "grouped":
         report = enable_grouped_experts(adapted)
         assert not report.left_alone, str(report)

@@ -18,6 +18,7 @@ from types import ModuleType, SimpleNamespace
 import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from tests.oracle import experts_oracle
 
@@ -273,6 +274,25 @@ def test_peers(block: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def model(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return script("model")
+
+
+def test_a_peer_takes_every_layer_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    if int(version("transformers").split(".")[0]) < 5:
+        pytest.skip("stacked experts: transformers 5")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    model = script("model")
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    taken: list[set[str]] = []
+    monkeypatch.setattr(model, "build", lambda layers: AutoModelForCausalLM.from_config(config))
+    monkeypatch.setattr(model.torch.cuda, "memory_allocated", lambda: 0)
+    monkeypatch.setitem(
+        model.peers.PEERS, "one", ("peft", lambda block: taken.append(set(model.peers.wrappers(block))))
+    )
+    model.contender("one", "bf16", 3, 4, False)
+    assert taken == 3 * [{"gate_up_proj", "down_proj"}]
 
 
 def test_model_refuses_before_it_needs_a_gpu(
