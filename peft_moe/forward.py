@@ -101,7 +101,7 @@ def run_experts(
     dtype = _compute_dtype(layer, x)
     out_dtype = accumulate_dtype or x.dtype
     with _without_autocast(x.device):
-        x = x if x.dtype == dtype else x.to(dtype)  # to ask first costs a tenth
+        x = x.to(dtype)
         sentinels = spec.sentinels or bool(getattr(layer.base_layer, "_is_expert_parallel", False))
         if not sentinels and x.device.type == "cpu" and not torch.compiler.is_compiling():
             sentinels = has_sentinels(index, spec.num_experts)
