@@ -47,6 +47,17 @@ def _find(offsets, experts, expert, begin, end, before, row_tile, ROWS: gl.const
 
 
 @gluon.jit
+def _tile(
+    offsets, experts, number, across, expert, begin, end, before,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """(expert, first row, end of the expert's rows, first column) of a tile; expert == experts: past the last one."""
+    row_tile, first_column = number // across * GROUP + number % GROUP, number % across // GROUP * COLUMNS
+    expert, begin, end, before = _find(offsets, experts, expert, begin, end, before, row_tile, ROWS)
+    return expert, begin + (row_tile - before) * ROWS, end, first_column
+
+
+@gluon.jit
 def _copy(
     tiles, buffers, barriers, offsets, experts, n_size, k_size,
     K_FIRST: gl.constexpr, HAS_B: gl.constexpr, R_FIRST: gl.constexpr, RANK: gl.constexpr,
@@ -66,10 +77,10 @@ def _copy(
         offsets, experts, zero, zero, gl.load(offsets), zero, number // across * GROUP, 2 * HALF
     )
     while expert < experts:
-        row_tile, first_column = number // across * GROUP + number % GROUP, number % across // GROUP * COLUMNS
-        mine, first, last, tiles_before = _find(offsets, experts, expert, begin, end, before, row_tile, 2 * HALF)
+        mine, start, last, first_column = _tile(
+            offsets, experts, number, across, expert, begin, end, before, 2 * HALF, COLUMNS, GROUP
+        )
         if mine < experts:
-            start = first + (row_tile - tiles_before) * 2 * HALF
             for step in range(steps):
                 stage = copied % STAGES
                 k = step * STEP
@@ -145,10 +156,11 @@ def _products(
         offsets, experts, zero, zero, gl.load(offsets), zero, number // across * GROUP, 2 * HALF
     )
     while expert < experts:
-        row_tile, first_column = number // across * GROUP + number % GROUP, number % across // GROUP * COLUMNS
-        mine, first, last, tiles_before = _find(offsets, experts, expert, begin, end, before, row_tile, 2 * HALF)
+        mine, start, last, first_column = _tile(
+            offsets, experts, number, across, expert, begin, end, before, 2 * HALF, COLUMNS, GROUP
+        )
         if mine < experts:
-            start = first + (row_tile - tiles_before) * 2 * HALF + half * HALF
+            start += half * HALF
             if start < last:
                 total = gl.zeros((HALF, COLUMNS), gl.float32, layout)
                 for step in range(steps):
