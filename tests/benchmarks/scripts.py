@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+STACKED = int(version("transformers").split(".")[0]) >= 5  # what most scripts measure
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SIZES = {"layers": 2, "hidden": 128, "inner": 128, "experts": 4}
 

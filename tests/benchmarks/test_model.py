@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from tests.benchmarks.scripts import BENCHMARKS, refused, script
+from tests.benchmarks.scripts import BENCHMARKS, STACKED, refused, script
 
 
 @pytest.fixture
@@ -20,11 +19,8 @@ def model(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return script("model")
 
 
-def test_a_peer_takes_every_layer_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    if int(version("transformers").split(".")[0]) < 5:
-        pytest.skip("stacked experts: transformers 5")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    model = script("model")
+@pytest.mark.skipif(not STACKED, reason="stacked experts: transformers 5")
+def test_a_peer_takes_every_layer_of_a_model(model: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Qwen3MoeConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2,

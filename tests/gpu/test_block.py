@@ -116,6 +116,16 @@ def favoured(tokens: int, experts: int, top_k: int, generator: torch.Generator) 
     return torch.multinomial(odds.expand(tokens, -1), top_k, generator=generator)
 
 
+def step(
+    x: Tensor, weights: Tensor, index: Tensor, probe: Tensor, up: tuple[Tensor, ...], down: tuple[Tensor, ...],
+    backend: str = "triton",
+) -> list[Tensor]:  # fmt: skip
+    """Output, and gradients of x, weights and the factors."""
+    leaves = [one.detach().requires_grad_() for one in (x, weights, up[1], up[2], down[1], down[2])]
+    out = run(leaves[0], leaves[1], index, (up[0], *leaves[2:4]), (down[0], *leaves[4:6]), backend)
+    return [out.detach(), *torch.autograd.grad(out, leaves, probe)]
+
+
 @pytest.mark.parametrize(("tokens", "rank"), [(1, 16), (60, 5), (700, 12), (4000, 16), (4000, 33)])
 @pytest.mark.parametrize("shape", [(128, 8, 2048, 768), (64, 8, 2048, 1024), (12, 8, 7168, 2048)], ids=str)
 def test_shapes_of_models(shape: tuple[int, int, int, int], tokens: int, rank: int) -> None:
@@ -132,25 +142,19 @@ def test_races() -> None:
     generator = fresh()
     up, down = stacks(generator, experts, width, inner, 16)
 
-    def step(tokens: int, x: Tensor, weights: Tensor, index: Tensor, probe: Tensor, backend: str) -> list[Tensor]:
-        leaves = [one.detach().requires_grad_() for one in (x, weights, up[1], up[2], down[1], down[2])]
-        out = run(leaves[0], leaves[1], index, (up[0], *leaves[2:4]), (down[0], *leaves[4:6]), backend)
-        return [out.detach(), *torch.autograd.grad(out, leaves, probe)]
-
     def draw(tokens: int) -> tuple[Tensor, ...]:
         weights = torch.rand(tokens, top_k, generator=generator, device="cuda")
         x, probe = normal(generator, tokens, width), normal(generator, tokens, width)
         return x, weights, favoured(tokens, experts, top_k, generator), probe
 
-    kept = [(tokens, draw(tokens)) for tokens in (7, 300, 1100, 3000)]
-    first = [step(tokens, *inputs, "triton") for tokens, inputs in kept]
+    kept = [draw(tokens) for tokens in (7, 300, 1100, 3000)]
+    first = [step(*inputs, up, down) for inputs in kept]
     for turn in range(20):
-        for (tokens, inputs), want in zip(kept, first, strict=True):
-            for found, one in zip(step(tokens, *inputs, "triton"), want, strict=True):
+        for inputs, want in zip(kept, first, strict=True):
+            for found, one in zip(step(*inputs, up, down), want, strict=True):
                 assert torch.equal(found, one)
-        tokens = 50 + 150 * turn
-        inputs = draw(tokens)
-        for found, one in zip(step(tokens, *inputs, "triton"), step(tokens, *inputs, "grouped_mm"), strict=True):
+        inputs = draw(50 + 150 * turn)
+        for found, one in zip(step(*inputs, up, down), step(*inputs, up, down, "grouped_mm"), strict=True):
             assert (found.double() - one.double()).norm() < 3e-2 * one.double().norm()
 
 
@@ -164,26 +168,22 @@ def test_in_a_cuda_graph(tokens: int) -> None:
     weights = torch.rand(tokens, top_k, generator=generator, device="cuda")
     index = favoured(tokens, experts, top_k, generator)
 
-    def step() -> list[Tensor]:
-        leaves = [one.detach().requires_grad_() for one in (x, weights, up[1], up[2], down[1], down[2])]
-        out = run(leaves[0], leaves[1], index, (up[0], *leaves[2:4]), (down[0], *leaves[4:6]), "triton")
-        return [out.detach(), *torch.autograd.grad(out, leaves, probe)]
-
+    inputs = (x, weights, index, probe, up, down)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
-            step()
+            step(*inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = step()
+        found = step(*inputs)
     for _ in range(3):
         x.copy_(normal(generator, tokens, width))
         weights.uniform_(generator=generator)
         index.copy_(favoured(tokens, experts, top_k, generator))
         graph.replay()
-        for one, want in zip(found, step(), strict=True):
+        for one, want in zip(found, step(*inputs), strict=True):
             assert torch.equal(one, want)
 
 
