@@ -14,6 +14,7 @@ from peft_moe.ops import backends, grouped
 def kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU that runs the kernels, in a process that has said nothing yet."""
     monkeypatch.setattr(backends, "triton_runs", lambda device, dtype: True)
+    monkeypatch.setattr(backends, "find_spec", lambda name: object())
     grouped.log_once.cache_clear()
 
 
