@@ -15,7 +15,7 @@ import torch
 from .grouped import log_once
 
 BACKENDS = ("auto", "triton", "grouped_mm", "loop")
-MAX_KERNEL_RANK = 64  # measured up to here
+MAX_KERNEL_RANK = 256  # measured up to here
 MAX_KERNEL_EXPERTS = 1024  # a program looks for its expert among so many at most
 SWITCH = "PEFT_MOE_GROUPED"  # environment: 0 turns every grouped path off
 _ALIGNMENT = 16  # bytes

@@ -93,7 +93,7 @@ def check(
 
 @pytest.mark.parametrize("routing", ["random", "one expert", "few experts"])
 @pytest.mark.parametrize("tokens", [1, 33, 1000, 5000])
-@pytest.mark.parametrize(("backend", "rank"), [("grouped_mm", 8), ("triton", 16), ("triton", 64)])
+@pytest.mark.parametrize(("backend", "rank"), [("grouped_mm", 8), ("triton", 16), ("triton", 64), ("triton", 160)])
 @pytest.mark.parametrize(("width", "inner"), [(512, 384), (464, 200)])
 def test_against_float64(tokens: int, rank: int, routing: str, backend: str, width: int, inner: int) -> None:
     experts, top_k = 32, 4
@@ -126,7 +126,7 @@ def step(
     return [out.detach(), *torch.autograd.grad(out, leaves, probe)]
 
 
-@pytest.mark.parametrize(("tokens", "rank"), [(1, 16), (60, 5), (700, 12), (4000, 16), (4000, 33)])
+@pytest.mark.parametrize(("tokens", "rank"), [(1, 16), (60, 5), (60, 128), (700, 12), (4000, 16), (4000, 33), (4000, 99)])
 @pytest.mark.parametrize("shape", [(128, 8, 2048, 768), (64, 8, 2048, 1024), (12, 8, 7168, 2048)], ids=str)
 def test_shapes_of_models(shape: tuple[int, int, int, int], tokens: int, rank: int) -> None:
     """Qwen3-30B-A3B, OLMoE, and a few experts of DeepSeek-V3; ranks that are no multiple of 8."""

@@ -20,14 +20,18 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=[80, 90, 100])
-def architecture(request: pytest.FixtureRequest) -> int:
-    """Ten times the compute capability: A100, H100, B200."""
+# Ten times the compute capability, or AMD's name; and the bytes of shared memory that a program may hold.
+A100, H100, B200, RTX_3090, RTX_5090, MI300 = 80, 90, 100, 86, 120, "gfx942"
+SHARED_MEMORY = {A100: 166912, H100: 232448, B200: 232448, RTX_3090: 101376, RTX_5090: 101376, MI300: 65536}
+
+
+@pytest.fixture(params=[A100, H100, B200])
+def architecture(request: pytest.FixtureRequest) -> int | str:
     return request.param
 
 
 @pytest.fixture
-def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def compiled(architecture: int | str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Names of the kernels that are compiled while a test runs, in the place of being run."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -40,19 +44,22 @@ def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
 
     def compile_only(self: Launch, key: tuple[Any, ...], tensors: tuple[Any, ...]) -> None:
         found = self.kernel.warmup(*tensors, *self.numbers, grid=self.grid, **self.constants)
-        assert found.asm["cubin"]
+        assert found.asm["cubin" if on_nvidia else "hsaco"]
+        assert found.metadata.shared <= SHARED_MEMORY[architecture]
         names.append(self.kernel.fn.__name__)
 
-    target = GPUTarget("cuda", architecture, 32)
+    on_nvidia = isinstance(architecture, int)
+    target = GPUTarget("cuda", architecture, 32) if on_nvidia else GPUTarget("hip", architecture, 64)
+    has_copy_engine = isinstance(architecture, int) and architecture >= 90
     fake = SimpleNamespace(  # a kernel keeps the target of each device
         get_current_target=lambda: target,
         get_current_device=lambda: architecture,
         get_current_stream=lambda device: 0,
     )
     monkeypatch.setattr(Launch, "_version", compile_only)
-    monkeypatch.setattr(project, "has_descriptors", lambda device: architecture >= 90)
-    monkeypatch.setattr(project, "_large_shared_memory", lambda device: architecture >= 90)
-    if architecture == 90 and _GLUON[0] <= TRITON <= _GLUON[1]:
+    monkeypatch.setattr(project, "has_descriptors", lambda device: has_copy_engine)
+    monkeypatch.setattr(project, "shared_memory", lambda device: SHARED_MEMORY[architecture])
+    if architecture == H100 and _GLUON[0] <= TRITON <= _GLUON[1]:
         from peft_moe.ops.triton import warp_specialized
 
         monkeypatch.setattr(project, "has_warp_specialization", lambda device: True)
@@ -61,6 +68,22 @@ def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
     driver.set_active(fake)
     yield names
     vars(driver).update(before)
+
+
+def step(tokens: int, form: GatedSwish, rank: int) -> None:
+    """A small expert MLP, forward and backward."""
+    experts, top_k, width, inner = 4, 2, 256, 192
+    up = [torch.zeros(experts, *shape).bfloat16() for shape in ((2 * inner, width), (rank, width), (2 * inner, rank))]
+    down = [torch.zeros(experts, *shape).bfloat16() for shape in ((width, inner), (rank, inner), (width, rank))]
+    leaves = [torch.zeros(tokens, width).bfloat16(), torch.zeros(tokens, top_k), *up[1:], *down[1:]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    index = torch.zeros(tokens, top_k, dtype=torch.int64)
+    out = expert_mlp(
+        leaves[0], leaves[1], pieces_of("triton").route(index, experts, False), Projection(up[0], None, *up[1:]),
+        Projection(down[0], None, *down[1:]), form, "triton", torch.bfloat16,
+    )  # fmt: skip
+    out.sum().backward()
 
 
 SWISH, GPT_OSS = GatedSwish(), GatedSwish(1.702, 1.0, 7.0, True)
@@ -78,27 +101,25 @@ SWISH, GPT_OSS = GatedSwish(), GatedSwish(1.702, 1.0, 7.0, True)
     ],
 )
 def test_whole_mlp(
-    compiled: list[str], architecture: int, tokens: int, form: GatedSwish, rank: int, specialized: int
+    compiled: list[str], architecture: int | str, tokens: int, form: GatedSwish, rank: int, specialized: int
 ) -> None:
     """Few rows an expert, some, and many, forward and backward; how many products Hopper takes by specialized warps."""
-    experts, top_k, width, inner = 4, 2, 256, 192
-    up = [torch.zeros(experts, *shape).bfloat16() for shape in ((2 * inner, width), (rank, width), (2 * inner, rank))]
-    down = [torch.zeros(experts, *shape).bfloat16() for shape in ((width, inner), (rank, inner), (width, rank))]
-    leaves = [torch.zeros(tokens, width).bfloat16(), torch.zeros(tokens, top_k), *up[1:], *down[1:]]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    index = torch.zeros(tokens, top_k, dtype=torch.int64)
-    out = expert_mlp(
-        leaves[0], leaves[1], pieces_of("triton").route(index, experts, False), Projection(up[0], None, *up[1:]),
-        Projection(down[0], None, *down[1:]), form, "triton", torch.bfloat16,
-    )  # fmt: skip
-    out.sum().backward()
+    step(tokens, form, rank)
     passes = {name for name in compiled if "project" not in name}
     assert passes == {"_compare_kernel", "_gated_kernel", "_gated_backward_kernel", "_combine_kernel", "_outer_kernel"}
     assert sum("project" in name for name in compiled) == (4 if tokens == 8 else 6)
     # Products of rows that need no gather: the second projection, and the gradient of the input. There A's rank comes
     # first, so it has to fill a tile; rows of 5 numbers cannot be copied by tiles.
-    assert compiled.count("_specialized_project_kernel") == (specialized if architecture == 90 else 0)
+    assert compiled.count("_specialized_project_kernel") == (specialized if architecture == H100 else 0)
+
+
+@pytest.mark.parametrize("architecture", [A100, H100, RTX_3090, RTX_5090, MI300], indirect=True)
+@pytest.mark.parametrize(("tokens", "rank"), [(8, 64), (80, 64), (8, 200), (4000, 128)])
+def test_fits_the_shared_memory(compiled: list[str], tokens: int, rank: int) -> None:
+    """Whatever the GPU has: tiles take fewer stages and shorter steps where there is less. `compiled` checks it."""
+    step(tokens, SWISH, rank)
+    # Up to rank 64 the low-rank products ride along where rows are few, above each has a kernel of its own.
+    assert sum("project" in name for name in compiled) == (4 if rank <= 64 else 8)
 
 
 def test_low_rank_products_are_scaled(compiled: list[str]) -> None:

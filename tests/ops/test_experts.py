@@ -115,12 +115,13 @@ def test_generic_path(case: Case, pad: bool) -> None:
 
 
 def plain_case(
-    experts: int, tokens: int, top_k: int, dtype: torch.dtype = torch.float32, bias: bool = True, backend: str = "auto"
-) -> Case:
+    experts: int, tokens: int, top_k: int, dtype: torch.dtype = torch.float32, bias: bool = True,
+    backend: str = "auto", rank: int = 4,
+) -> Case:  # fmt: skip
     def normal(*shape: int) -> Tensor:
         return (torch.randn(shape, dtype=torch.float64) / 3).to(dtype)
 
-    hidden, inner, rank = 8, 8, 4
+    hidden, inner = 8, 8
     index = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
     return Case(
         torch.randn(tokens, hidden, dtype=torch.float64).to(dtype), torch.rand(tokens, top_k).to(dtype) + 0.25, index,

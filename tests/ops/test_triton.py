@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.ops.cases import Case, cases
-from tests.ops.test_experts import check
+from tests.ops.test_experts import check, plain_case
 
 pytest.importorskip("triton", reason="triton is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -86,6 +86,14 @@ def test_tiles(rows: int, columns: int, step: int, width: int) -> None:
             expected = weight[owner].double() @ x[position].double() + b[owner].double() @ expected_low + bias[owner]
             assert low is not None and (low[row] - expected_low).norm() < 1e-4 * expected_low.norm()
             assert (out[row] - expected).norm() < 1e-4 * expected.norm()
+
+
+@interpreted
+@pytest.mark.parametrize("rank", [65, 96, 128, 200])
+def test_high_ranks(rank: int) -> None:
+    """Low-rank products by themselves, in several column tiles, and LoRA B in several steps."""
+    torch.manual_seed(rank)
+    check(plain_case(3, 9, 2, backend="triton", rank=rank))
 
 
 @interpreted

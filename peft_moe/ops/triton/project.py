@@ -12,7 +12,6 @@ works for follows from the offsets on the device: nothing waits for the host.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from ..scaled import ScaledStack
 from .dequantize import runs_on
 from .descriptors import has_descriptors, has_warp_specialization, of_rows, of_stack
 from .launch import Launch, once_a_shape
+from .tile_sizes import FEW_ROWS, GROUP, HALVED_ROWS, LONGEST_STEP, RIDING_RANK, shared_memory, tile_sizes
 from .tiles import find_tile, rank_width, row_tiles
 
 
@@ -52,11 +52,13 @@ def project_tile(
     columns = first_column + tl.arange(0, COLUMNS)
     column_mask = columns < n_size
     steps = tl.arange(0, STEP)
-    ranks = tl.arange(0, RANKS)  # RANK of them, and what is missing to a power of two
+    # RANK of them, and what is missing to a power of two; of high ranks a part at a time
+    RANK_STEP: tl.constexpr = RANKS if RANKS < 64 else 64
+    ranks = tl.arange(0, RANK_STEP)
     expert64 = expert.to(tl.int64)
     x_at = x + position[:, None] * x_row + steps[None, :]
     # Factors of ranks that are no power of two: their last columns are masked, not moved.
-    NARROW: tl.constexpr = COLUMNS <= 64 and not (WHOLE_N or SCALED or HAS_B)
+    NARROW: tl.constexpr = (COLUMNS <= 64 or SCALE_OUT) and not (WHOLE_N or SCALED or HAS_B)
     inside_columns = columns if WHOLE_N or NARROW else tl.where(column_mask, columns, 0)
     w_at = w + expert64 * w_expert + inside_columns[None, :] * w_n + steps[:, None] * w_k
     if SCALED:
@@ -64,7 +66,7 @@ def project_tile(
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     if HAS_A:
         a_at = a + expert64 * a_expert + ranks[None, :] * a_r + steps[:, None] * a_k
-        low_total = tl.zeros((ROWS, RANKS), dtype=tl.float32)
+        low_total = tl.zeros((ROWS, RANK_STEP), dtype=tl.float32)
     for k in range(0, k_size, STEP):
         if X_TILES:
             x_tile = x_tiles.load([start, k])
@@ -98,22 +100,24 @@ def project_tile(
             low_total = tl.dot(x_tile, a_tile, low_total, input_precision=PRECISION)
             a_at += STEP * a_k
     if HAS_B:
-        low_at = low + rows.to(tl.int64)[:, None] * RANK + ranks[None, :]
-        low_mask = row_mask[:, None]
-        b_at = b + expert64 * b_expert + ranks[:, None] * b_r + inside_columns[None, :] * b_n
-        if RANK == RANKS:
-            b_tile = tl.load(b_at)
-        else:
-            low_mask &= (ranks < RANK)[None, :]
-            b_tile = tl.load(b_at, mask=(ranks < RANK)[:, None], other=0.0)
-        if HAS_A:
-            low_tile = (low_total * scale).to(x.dtype.element_ty)
-        else:
-            low_tile = tl.load(low_at, mask=low_mask, other=0.0)
-        total = tl.dot(low_tile, b_tile, total, input_precision=PRECISION)
-        if HAS_A:
-            if column_tile == 0:
-                tl.store(low_at, low_tile, mask=low_mask)
+        for first_rank in tl.static_range(0, RANK, RANK_STEP):
+            rank = first_rank + ranks
+            low_at = low + rows.to(tl.int64)[:, None] * RANK + rank[None, :]
+            low_mask = row_mask[:, None]
+            b_at = b + expert64 * b_expert + rank[:, None] * b_r + inside_columns[None, :] * b_n
+            if first_rank + RANK_STEP <= RANK:
+                b_tile = tl.load(b_at)
+            else:
+                low_mask &= (rank < RANK)[None, :]
+                b_tile = tl.load(b_at, mask=(rank < RANK)[:, None], other=0.0)
+            if HAS_A:
+                low_tile = (low_total * scale).to(x.dtype.element_ty)
+            else:
+                low_tile = tl.load(low_at, mask=low_mask, other=0.0)
+            total = tl.dot(low_tile, b_tile, total, input_precision=PRECISION)
+            if HAS_A:
+                if column_tile == 0:
+                    tl.store(low_at, low_tile, mask=low_mask)
     if HAS_BIAS:
         total += tl.load(bias + expert64 * n_size + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     if SCALE_OUT:
@@ -159,49 +163,12 @@ def _project_kernel(
             )  # fmt: skip
 
 
-@cache
-def _large_shared_memory(device: torch.device) -> bool:
-    """Whether a program may hold 200 KB of shared memory (H100, H200, B200)."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) in _LARGE
-
-
-_LARGE = ((9, 0), (10, 0), (10, 3))
-
-
-def _tiles(rows: int, experts: int, columns: int, device: torch.device, scaled: bool) -> dict[str, int]:
-    """Tile sizes by the mean number of rows of an expert; `benchmarks/pieces.py --sweep` measures them."""
-    mean = rows / experts
-    if columns <= 64:  # LoRA A by itself
-        width = rank_width(columns)
-        if mean <= LARGE_ROWS:
-            return {"ROWS": 32, "COLUMNS": width, "STEP": 64, "num_warps": 2, "num_stages": 3}
-        return {"ROWS": 128, "COLUMNS": width, "STEP": 64, "num_warps": 4, "num_stages": 4}
-    if mean <= 16:
-        return {"ROWS": 16, "COLUMNS": 128, "STEP": _LONGEST_STEP, "num_warps": 4, "num_stages": 3}
-    if scaled:  # codes become 16-bit in registers, of which large tiles leave none
-        if mean <= 24:
-            return {"ROWS": 32, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 4}
-        return {"ROWS": 64, "COLUMNS": 64, "STEP": 64, "num_warps": 4, "num_stages": 4}
-    if mean <= FEW_ROWS:
-        return {"ROWS": 64, "COLUMNS": 128, "STEP": 64, "num_warps": 4, "num_stages": 4}
-    if _large_shared_memory(device):
-        return {"ROWS": 128, "COLUMNS": 256, "STEP": 64, "num_warps": 8, "num_stages": 4}
-    return {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 8, "num_stages": 2}
-
-
-_LONGEST_STEP = 128
-FEW_ROWS = 48  # of an expert on average: up to here LoRA A rides along
-LARGE_ROWS = 512  # up to here LoRA A by itself takes small tiles
-HALVED_ROWS = 128  # tiles of so many or more are halved where an expert has no more rows
-_GROUP = 4  # row tiles that are taken together
-
-
 def multiplies(weight: ScaledStack) -> bool:
     """Whether the kernel takes these codes: the GPU converts FP8, and no step along K has more than one scale."""
     codes = weight.codes
     if codes.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2) or not runs_on(codes.device):
         return False
-    return weight.columns >= codes.shape[2] or weight.columns % _LONGEST_STEP == 0
+    return weight.columns >= codes.shape[2] or weight.columns % LONGEST_STEP == 0
 
 
 def project(
@@ -232,7 +199,7 @@ def project(
     rows = x.shape[0] if source is None else source.shape[0]
     if low is not None:
         a = None
-    elif a is not None and rows > FEW_ROWS * weight.shape[0]:
+    elif a is not None and (rows > FEW_ROWS * weight.shape[0] or a.shape[1] > RIDING_RANK):
         low, a = low_rank(x, a, scale, offsets, source), None
     return _launch(x, source, weight, a, b, scale, low, bias, offsets, tiles, scale_out=False)
 
@@ -267,7 +234,10 @@ def _launch(
         low = x.new_empty(rows, a.shape[1])
     if rows == 0:
         return out, low
-    chosen = tiles or _tiles(rows, weight.shape[0], weight.shape[1], x.device, scales is not None)
+    riding = 0 if a is None else rank_width(a.shape[1])
+    chosen = tiles or tile_sizes(
+        rows, *weight.shape[:2], riding, scale_out, scales is not None, shared_memory(x.device)
+    )  # fmt: skip
     by_tiles = scales is None and chosen["ROWS"] >= HALVED_ROWS and chosen["COLUMNS"] > 64 and x.element_size() == 2
     plain = source is None and a is None and not scale_out and not tiles
     if by_tiles and plain and has_warp_specialization(x.device):
@@ -314,7 +284,7 @@ def _of_shapes(
     chosen = dict(tiles)
     columns, rank = chosen["COLUMNS"], b[0] if b else 16
     covered, scale_strides = ((1, 1), (0, 0, 0)) if scaling is None else (scaling[:2], scaling[2:])
-    height = -(-row_tiles(rows, experts, chosen["ROWS"]) // _GROUP) * _GROUP
+    height = -(-row_tiles(rows, experts, chosen["ROWS"]) // GROUP) * GROUP
     return Launch(
         _project_kernel, (height * -(-n_size // columns),),
         (scale, n_size, k_size, *covered, x_row, *w_strides, *scale_strides,
@@ -323,6 +293,6 @@ def _of_shapes(
         HAS_SOURCE=has_source, X_TILES=by_x_tiles, W_TILES=by_w_tiles, K_FIRST=w_strides[2] != 1,
         SCALED=scaling is not None, HAS_A=a_strides is not None, HAS_B=b is not None,
         HAS_BIAS=has_bias, SCALE_OUT=scale_out, EVEN_K=k_size % chosen["STEP"] == 0,
-        WHOLE_N=n_size % 16 == 0 and n_size >= columns, GROUP=_GROUP, HALVES=chosen["ROWS"] >= HALVED_ROWS,
+        WHOLE_N=n_size % 16 == 0 and n_size >= columns, GROUP=GROUP, HALVES=chosen["ROWS"] >= HALVED_ROWS,
         PRECISION="ieee" if single else "tf32", **chosen,
     )  # fmt: skip
