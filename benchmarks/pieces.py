@@ -1,6 +1,7 @@
 """The kernels of `ops/triton` one by one against torch's pieces, with a sweep of tile sizes (CUDA only).
 
-python benchmarks/pieces.py            # Qwen3-30B-A3B's block
+python benchmarks/pieces.py                      # Qwen3-30B-A3B's block
+python benchmarks/pieces.py --rank 128 --sweep   # and the fastest tiles of products, low-rank products, gradients
 """
 
 # ruff: noqa: B023, E741  every closure is timed before the loop moves on
@@ -20,9 +21,10 @@ from triton.testing import do_bench
 from peft_moe.ops.activation import SILU_GATED
 from peft_moe.ops.routing import route
 from peft_moe.ops.triton.outer import Factor, outer
-from peft_moe.ops.triton.project import project
+from peft_moe.ops.triton.project import low_rank, project
 from peft_moe.ops.triton.routing import route as sort_rows
 from peft_moe.ops.triton.rowwise import combine, gated, gated_backward
+from peft_moe.ops.triton.tiles import rank_width
 
 
 def time_of(function: Callable[[], object]) -> float:
@@ -39,11 +41,12 @@ def main() -> None:
     """Check against torch, then time."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", nargs="+", type=int, default=[64, 512, 4096, 16384])
-    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--sweep", action="store_true", help="time other tile sizes, too; compiling takes minutes")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/pieces.py needs a CUDA device")
-    experts, top_k, width, inner, rank = 128, 8, 2048, 768, 16
+    experts, top_k, width, inner, rank = 128, 8, 2048, 768, arguments.rank
     torch.manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -88,13 +91,17 @@ def main() -> None:
                   f"{time_of(plain):.3f}  "
                   f"fused {ours:.3f}  fused without LoRA {bare:.3f}", flush=True)  # fmt: skip
             if arguments.sweep:
-                sweep(left, index_, w, a, b, offsets)
+                sweep("product", LARGE, lambda tiles: project(left, index_, w, a, b, 1.0, None, offsets, tiles))
+                sweep("low rank", narrow(rank), lambda tiles: low_rank(left, a, 1.0, offsets, index_, tiles))
         order = routing.order
         up_factors = (Factor(x, source, low, True), Factor(d_pre, None, low, False))
         down_factors = (Factor(rows, None, low, True), Factor(grad, source, low, False))
         print(f"T={tokens:6d} outer     up {time_of(lambda f=up_factors: outer(*f, None, order, offsets)):.3f}  "
               f"down {time_of(lambda f=down_factors: outer(*f, weights, order, offsets)):.3f}  "
               f"torch d_pre {time_of(lambda: grouped_mm(d_pre.t(), low, offs=offsets)):.3f}")  # fmt: skip
+        if arguments.sweep:
+            sweep("up", FACTORS, lambda tiles: outer(*up_factors, None, order, offsets, tiles))
+            sweep("down", FACTORS, lambda tiles: outer(*down_factors, weights, order, offsets, tiles))
         full = normal(tokens * top_k, width)
         silu, up_b_t, dtype = SILU_GATED, up_b.mT, torch.float32
 
@@ -108,19 +115,36 @@ def main() -> None:
               f"torch route {time_of(lambda: route(index, experts, False)):.3f}", flush=True)  # fmt: skip
 
 
-def sweep(x: Tensor, source: Tensor | None, w: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> None:
-    """The four fastest tiles."""
+Tiles = dict[str, int]
+
+
+def tiles_of(names: str, *sizes: tuple[int, ...]) -> list[Tiles]:
+    """All combinations whose accumulator takes at most 256 registers of a thread."""
+    keys = names.split()
+    found = [dict(zip(keys, one, strict=True)) for one in itertools.product(*sizes)]
+    return [one for one in found if one.get("ROWS", 1) * one["COLUMNS"] <= 256 * 32 * one["num_warps"]]
+
+
+PRODUCT = "ROWS COLUMNS STEP num_warps num_stages"
+LARGE = tiles_of(PRODUCT, (64, 128), (128, 256), (64,), (4, 8), (3, 4))
+FACTORS = tiles_of("COLUMNS STEP num_warps num_stages", (64, 128), (32, 64), (4, 8), (2, 3))
+
+
+def narrow(rank: int) -> list[Tiles]:
+    """Tiles of a low-rank product."""
+    return tiles_of(PRODUCT, (32, 64, 128), (min(rank_width(rank), 128),), (64,), (2, 4, 8), (3, 4))
+
+
+def sweep(name: str, candidates: list[Tiles], call: Callable[[Tiles], object]) -> None:
+    """Print the four fastest tiles."""
     found = []
-    for rows, columns, step, warps, stages in itertools.product((64, 128), (128, 256), (64,), (4, 8), (3, 4)):
-        tiles = {"ROWS": rows, "COLUMNS": columns, "STEP": step, "num_warps": warps, "num_stages": stages}
-        if rows * columns // warps > 128 * 256 // 8:
-            continue
+    for tiles in candidates:
         try:
-            found.append((time_of(lambda t=tiles: project(x, source, w, a, b, 1.0, None, offsets, t)), tiles))
+            found.append((time_of(lambda t=tiles: call(t)), tiles))
         except TritonError as error:  # out of shared memory or registers: not a candidate
             print(f"    {tiles}: {type(error).__name__}")
     for milliseconds, tiles in sorted(found, key=lambda pair: pair[0])[:4]:
-        print(f"    {milliseconds:.3f} {tiles}")
+        print(f"    {name} {milliseconds:.3f} {tiles}", flush=True)
 
 
 if __name__ == "__main__":

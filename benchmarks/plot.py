@@ -57,6 +57,9 @@ def main(source: Path, target: Path) -> None:
         sys.exit(f"{source}: nothing was timed, there is nothing to draw")
     shape, rank = data["rows"][0]["shape"], data["rows"][0]["rank"]
     rows = [row for row in data["rows"] if (row["shape"], row["rank"]) == (shape, rank)]
+    others = sorted({f"{row['shape']}, r={row['rank']}" for row in data["rows"]} - {f"{shape}, r={rank}"})
+    if others:
+        print(f"{target} shows {shape}, r={rank}; not drawn: {'; '.join(others)}")
     series = defaultdict(list)
     for row in rows:
         series[row["contender"]].append((row["tokens"], row["ms"], row["peak_mib"]))

@@ -51,6 +51,14 @@ def test_picture(
     assert len(labels) == 2 + floor and ("floor" in labels) is floor
 
 
+def test_says_what_it_leaves_out(plot: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"shape": "qwen3-30b", "contender": "peft", "tokens": 64, "ms": 1.5, "peak_mib": None}
+    rows = [{**row, "rank": rank} for rank in (8, 16)] + [{**row, "rank": 8, "shape": "olmoe"}]
+    (tmp_path / "block.json").write_text(json.dumps({"machine": "a GPU", "rows": rows}))
+    plot.main(tmp_path / "block.json", tmp_path / "block.png")
+    assert "shows qwen3-30b, r=8; not drawn: olmoe, r=8; qwen3-30b, r=16" in capsys.readouterr().out
+
+
 def test_picture_of_nothing(plot: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "block.json").write_text(json.dumps({"machine": "a GPU", "rows": []}))
     with pytest.raises(SystemExit, match="nothing was timed"):

@@ -21,8 +21,12 @@ pytestmark = [
 
 
 # Ten times the compute capability, or AMD's name; and the bytes of shared memory that a program may hold.
-A100, H100, B200, RTX_3090, RTX_5090, MI300 = 80, 90, 100, 86, 120, "gfx942"
-SHARED_MEMORY = {A100: 166912, H100: 232448, B200: 232448, RTX_3090: 101376, RTX_5090: 101376, MI300: 65536}
+A100, H100, B200, RTX_3090, RTX_5090 = 80, 90, 100, 86, 120
+MI200, MI300, MI350, RX_7900 = "gfx90a", "gfx942", "gfx950", "gfx1100"
+SHARED_MEMORY = {
+    A100: 166912, H100: 232448, B200: 232448, RTX_3090: 101376, RTX_5090: 101376,
+    MI200: 65536, MI300: 65536, MI350: 163840, RX_7900: 65536,
+}  # fmt: skip
 
 
 @pytest.fixture(params=[A100, H100, B200])
@@ -49,7 +53,8 @@ def compiled(architecture: int | str, monkeypatch: pytest.MonkeyPatch) -> Iterat
         names.append(self.kernel.fn.__name__)
 
     on_nvidia = isinstance(architecture, int)
-    target = GPUTarget("cuda", architecture, 32) if on_nvidia else GPUTarget("hip", architecture, 64)
+    width = 32 if on_nvidia or architecture == RX_7900 else 64  # threads of a warp
+    target = GPUTarget("cuda" if on_nvidia else "hip", architecture, width)
     has_copy_engine = isinstance(architecture, int) and architecture >= 90
     fake = SimpleNamespace(  # a kernel keeps the target of each device
         get_current_target=lambda: target,
@@ -120,6 +125,13 @@ def test_fits_the_shared_memory(compiled: list[str], tokens: int, rank: int) -> 
     step(tokens, SWISH, rank)
     # Up to rank 64 the low-rank products ride along where rows are few, above each has a kernel of its own.
     assert sum("project" in name for name in compiled) == (4 if rank <= 64 else 8)
+
+
+@pytest.mark.parametrize("architecture", [MI200, MI350, RX_7900], indirect=True)
+def test_other_amd_gpus(compiled: list[str]) -> None:
+    """They refuse what MI300 takes: products in TF32, for one."""
+    step(80, GPT_OSS, 16)
+    assert compiled
 
 
 def test_low_rank_products_are_scaled(compiled: list[str]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,7 +23,7 @@ from .tiles import rank_width
 def _outer_tile(
     column_tile, expert, big, source, small, scale, order, offsets, out, n_size, big_row, out_n, out_r,
     RANK: tl.constexpr, RANKS: tl.constexpr, HAS_SOURCE: tl.constexpr, HAS_SCALE: tl.constexpr,
-    COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
     end = tl.load(offsets + expert)
@@ -51,7 +50,7 @@ def _outer_tile(
             place = tl.load(order + rows, mask=row_mask, other=0)
             factor = tl.load(scale + place, mask=row_mask, other=0.0).to(tl.float32)
             small_tile = (small_tile.to(tl.float32) * factor[:, None]).to(big.dtype.element_ty)
-        total = tl.dot(tl.trans(big_tile), small_tile, total, input_precision=PRECISION)
+        total = tl.dot(tl.trans(big_tile), small_tile, total)
     out_at = out + expert.to(tl.int64) * n_size * RANK + columns[:, None] * out_n + ranks[None, :] * out_r
     tl.store(out_at, total.to(out.dtype.element_ty), mask=column_mask[:, None] & rank_mask)
 
@@ -61,20 +60,20 @@ def _outer_kernel(
     big_1, source_1, small_1, out_1, big_2, source_2, small_2, out_2, scale, order, offsets,
     n_1, big_row_1, out_n_1, out_r_1, n_2, big_row_2, out_n_2, out_r_2,
     RANK: tl.constexpr, RANKS: tl.constexpr, HAS_SOURCE_1: tl.constexpr, HAS_SOURCE_2: tl.constexpr,
-    HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    HAS_SCALE: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     tile, expert = tl.program_id(0), tl.program_id(1)
     tiles_1 = tl.cdiv(n_1, COLUMNS)
     if tile < tiles_1:
         _outer_tile(
             tile, expert, big_1, source_1, small_1, scale, order, offsets, out_1, n_1, big_row_1, out_n_1, out_r_1,
-            RANK, RANKS, HAS_SOURCE_1, HAS_SCALE, COLUMNS, STEP, PRECISION,
+            RANK, RANKS, HAS_SOURCE_1, HAS_SCALE, COLUMNS, STEP,
         )  # fmt: skip
     else:
         _outer_tile(
             tile - tiles_1, expert,
             big_2, source_2, small_2, scale, order, offsets, out_2, n_2, big_row_2, out_n_2, out_r_2,
-            RANK, RANKS, HAS_SOURCE_2, HAS_SCALE, COLUMNS, STEP, PRECISION,
+            RANK, RANKS, HAS_SOURCE_2, HAS_SCALE, COLUMNS, STEP,
         )  # fmt: skip
 
 
@@ -92,10 +91,14 @@ class Factor(NamedTuple):
     transposed: bool
 
 
-def outer(first: Factor, second: Factor, scale: Tensor | None, order: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def outer(
+    first: Factor, second: Factor, scale: Tensor | None, order: Tensor, offsets: Tensor,
+    tiles: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of two factors of the same rank, contiguous, in the dtype of `big`.
 
-    Args: scale: contiguous, S numbers in flat order, or `None`. order: `(S,)`. offsets: `(E,)` int32.
+    Args: scale: contiguous, S numbers in flat order, or `None`. order: `(S,)`. offsets: `(E,)` int32. tiles: sizes to
+        use instead of the default ones.
     """
     experts, rank = offsets.shape[0], first.small.shape[1]
     sides = _side(first), _side(second)
@@ -103,7 +106,7 @@ def outer(first: Factor, second: Factor, scale: Tensor | None, order: Tensor, of
         one.big.new_empty(experts, rank, n_size) if transposed else one.big.new_empty(experts, n_size, rank)
         for one, (n_size, _, _, transposed) in zip((first, second), sides, strict=True)
     ]
-    launch = _of_shapes(experts, rank, *sides, scale is not None, first.big.dtype == torch.float32)
+    launch = _of_shapes(experts, rank, *sides, scale is not None, tuple((tiles or _tiles(rank)).items()))
     launch(*first[:3], found[0], *second[:3], found[1], scale, order, offsets)
     return found[0], found[1]
 
@@ -116,16 +119,18 @@ def _side(one: Factor) -> _Side:
 
 
 @once_a_shape
-def _of_shapes(experts: int, rank: int, first: _Side, second: _Side, has_scale: bool, single: bool) -> Launch:
+def _of_shapes(
+    experts: int, rank: int, first: _Side, second: _Side, has_scale: bool, tiles: tuple[tuple[str, int], ...]
+) -> Launch:
     numbers: list[int] = []
     for n_size, big_row, _, transposed in (first, second):
         numbers += [n_size, big_row, *((1, n_size) if transposed else (rank, 1))]
-    tiles = _tiles(rank)
-    across = sum(-(-n_size // tiles["COLUMNS"]) for n_size, *_ in (first, second))
+    chosen = dict(tiles)
+    across = sum(-(-n_size // chosen["COLUMNS"]) for n_size, *_ in (first, second))
     return Launch(
         _outer_kernel, (across, experts), tuple(numbers),
         RANK=rank, RANKS=rank_width(rank), HAS_SOURCE_1=first[2], HAS_SOURCE_2=second[2], HAS_SCALE=has_scale,
-        PRECISION="ieee" if single else "tf32", **tiles,
+        **chosen,
     )  # fmt: skip
 
 

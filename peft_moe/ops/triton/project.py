@@ -36,7 +36,7 @@ def project_tile(
     RANK: tl.constexpr, RANKS: tl.constexpr, HAS_SOURCE: tl.constexpr, X_TILES: tl.constexpr, W_TILES: tl.constexpr,
     K_FIRST: tl.constexpr, SCALED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr,
     SCALE_OUT: tl.constexpr, EVEN_K: tl.constexpr, WHOLE_N: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     rows = start + tl.arange(0, ROWS)
     row_mask = rows < end
@@ -88,16 +88,16 @@ def project_tile(
                 w_tile = tl.load(w_at) if EVEN_K else tl.load(w_at, mask=(k + steps < k_size)[:, None], other=0.0)
             w_at += STEP * w_k
         if SCALED:  # of one step along K they are those of its first column
-            part = tl.dot(x_tile, w_tile.to(x_tile.dtype), input_precision=PRECISION)
+            part = tl.dot(x_tile, w_tile.to(x_tile.dtype))
             total += part * tl.load(scales_at + (k // scale_columns) * s_k)[None, :]
         else:
-            total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
+            total = tl.dot(x_tile, w_tile, total)
         if HAS_A:
             if EVEN_K and RANK == RANKS:
                 a_tile = tl.load(a_at)
             else:
                 a_tile = tl.load(a_at, mask=(k + steps < k_size)[:, None] & (ranks < RANK)[None, :], other=0.0)
-            low_total = tl.dot(x_tile, a_tile, low_total, input_precision=PRECISION)
+            low_total = tl.dot(x_tile, a_tile, low_total)
             a_at += STEP * a_k
     if HAS_B:
         for first_rank in tl.static_range(0, RANK, RANK_STEP):
@@ -114,7 +114,7 @@ def project_tile(
                 low_tile = (low_total * scale).to(x.dtype.element_ty)
             else:
                 low_tile = tl.load(low_at, mask=low_mask, other=0.0)
-            total = tl.dot(low_tile, b_tile, total, input_precision=PRECISION)
+            total = tl.dot(low_tile, b_tile, total)
             if HAS_A:
                 if column_tile == 0:
                     tl.store(low_at, low_tile, mask=low_mask)
@@ -134,7 +134,7 @@ def _project_kernel(
     experts: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
     HAS_SOURCE: tl.constexpr, X_TILES: tl.constexpr, W_TILES: tl.constexpr, K_FIRST: tl.constexpr,
     SCALED: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_BIAS: tl.constexpr, SCALE_OUT: tl.constexpr,
-    EVEN_K: tl.constexpr, WHOLE_N: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, WHOLE_N: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     # A few row tiles by all column tiles, row tiles first: programs that run together share rows and weights.
@@ -150,7 +150,7 @@ def _project_kernel(
                 scale, n_size, k_size, scale_rows, scale_columns,
                 x_row, w_expert, w_n, w_k, s_expert, s_n, s_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
                 RANK, RANKS, HAS_SOURCE, X_TILES, W_TILES, K_FIRST, SCALED, HAS_A, HAS_B, HAS_BIAS, SCALE_OUT, EVEN_K,
-                WHOLE_N, ROWS // 2, COLUMNS, STEP, PRECISION,
+                WHOLE_N, ROWS // 2, COLUMNS, STEP,
             )  # fmt: skip
         else:
             project_tile(
@@ -159,7 +159,7 @@ def _project_kernel(
                 scale, n_size, k_size, scale_rows, scale_columns,
                 x_row, w_expert, w_n, w_k, s_expert, s_n, s_k, a_expert, a_r, a_k, b_expert, b_n, b_r,
                 RANK, RANKS, HAS_SOURCE, X_TILES, W_TILES, K_FIRST, SCALED, HAS_A, HAS_B, HAS_BIAS, SCALE_OUT, EVEN_K,
-                WHOLE_N, ROWS, COLUMNS, STEP, PRECISION,
+                WHOLE_N, ROWS, COLUMNS, STEP,
             )  # fmt: skip
 
 
@@ -204,9 +204,12 @@ def project(
     return _launch(x, source, weight, a, b, scale, low, bias, offsets, tiles, scale_out=False)
 
 
-def low_rank(x: Tensor, a: Tensor, scale: float, offsets: Tensor, source: Tensor | None = None) -> Tensor:
+def low_rank(
+    x: Tensor, a: Tensor, scale: float, offsets: Tensor, source: Tensor | None = None,
+    tiles: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
     """`scale A x` `(S, R)` alone; arguments as those of `project`."""
-    return _launch(x, source, a, None, None, scale, None, None, offsets, None, scale_out=True)[0]
+    return _launch(x, source, a, None, None, scale, None, None, offsets, tiles, scale_out=True)[0]
 
 
 def _launch(
@@ -251,7 +254,7 @@ def _launch(
     launch = _of_shapes(
         rows, x.stride(0), source is not None, codes.shape, codes.stride(), scaling,
         None if a is None else a.stride(), None if b is None else (b.shape[2], *b.stride()), bias is not None,
-        float(scale), scale_out, x.dtype == torch.float32, x_tiles is not None, w_tiles is not None,
+        float(scale), scale_out, x_tiles is not None, w_tiles is not None,
         tuple(chosen.items()),
     )  # fmt: skip
     launch(x, x_tiles, x_halves, source, codes, w_tiles, scales, a, b, bias, offsets, out, low)
@@ -277,7 +280,7 @@ def _descriptors(x: Tensor, source: Tensor | None, weight: Tensor, tiles: dict[s
 def _of_shapes(
     rows: int, x_row: int, has_source: bool, shape: tuple[int, int, int], w_strides: tuple[int, int, int],
     scaling: tuple[int, ...] | None, a_strides: tuple[int, int, int] | None, b: tuple[int, int, int, int] | None,
-    has_bias: bool, scale: float, scale_out: bool, single: bool, by_x_tiles: bool, by_w_tiles: bool,
+    has_bias: bool, scale: float, scale_out: bool, by_x_tiles: bool, by_w_tiles: bool,
     tiles: tuple[tuple[str, int], ...],
 ) -> Launch:  # fmt: skip
     experts, n_size, k_size = shape
@@ -294,5 +297,5 @@ def _of_shapes(
         SCALED=scaling is not None, HAS_A=a_strides is not None, HAS_B=b is not None,
         HAS_BIAS=has_bias, SCALE_OUT=scale_out, EVEN_K=k_size % chosen["STEP"] == 0,
         WHOLE_N=n_size % 16 == 0 and n_size >= columns, GROUP=GROUP, HALVES=chosen["ROWS"] >= HALVED_ROWS,
-        PRECISION="ieee" if single else "tf32", **chosen,
+        **chosen,
     )  # fmt: skip

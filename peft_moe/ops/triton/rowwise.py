@@ -61,7 +61,7 @@ def _store_gate_and_up(
 @triton.jit
 def _low_tile(
     expert, start, end, x, a, low, scale, k_size, a_expert, a_r, a_k,
-    RANK: tl.constexpr, RANKS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, EVEN_K: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """`low = scale A x` of rows that this program has just written: they are in the cache still."""
@@ -72,7 +72,7 @@ def _low_tile(
         scale, RANK, k_size, 1, 1,
         k_size, a_expert, a_r, a_k, 0, 0, 0, 0, 0, 0, 0, 0, 0,
         RANK, RANKS, False, False, False, False, False, False, False, False, True, EVEN_K,
-        RANK == RANKS, ROWS, RANKS, STEP, PRECISION,
+        RANK == RANKS, ROWS, RANKS, STEP,
     )  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def _gated_kernel(
     pre, hidden, a, low, offsets, scale, inner, a_expert, a_r, a_k,
     experts: tl.constexpr, EXPERTS: tl.constexpr,
     ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HAS_A: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_A: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, EVEN_K: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     expert, start, end = find_tile(offsets, tl.program_id(0), experts, EXPERTS, ROWS)
@@ -101,7 +101,7 @@ def _gated_kernel(
         if HAS_A:
             _low_tile(
                 expert, start, end, hidden, a, low, scale, inner, a_expert, a_r, a_k,
-                RANK, RANKS, EVEN_K, PRECISION, ROWS, STEP,
+                RANK, RANKS, EVEN_K, ROWS, STEP,
             )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def gated(
     low = None if a is None else pre.new_empty(rows, a.shape[1])
     if rows:
         factor = None if a is None else (a.shape[1], *a.stride())
-        launch = _forward(form, rows, inner, offsets.shape[0], factor, float(scale), pre.dtype == torch.float32)
+        launch = _forward(form, rows, inner, offsets.shape[0], factor, float(scale))
         launch(pre, hidden, a, low, offsets)
     return hidden, low
 
@@ -132,18 +132,16 @@ _Factor = tuple[int, int, int, int]  # rank and strides
 
 
 @once_a_shape
-def _forward(
-    form: GatedSwish, rows: int, inner: int, experts: int, a: _Factor | None, scale: float, single: bool
-) -> Launch:
+def _forward(form: GatedSwish, rows: int, inner: int, experts: int, a: _Factor | None, scale: float) -> Launch:
     return Launch(
         _gated_kernel, (row_tiles(rows, experts, _FORWARD["ROWS"]),),
         (scale, inner, *(a[1:] if a else (0, 0, 0))),
-        **_constants(form, experts, a, inner, single, _FORWARD),
+        **_constants(form, experts, a, inner, _FORWARD),
     )  # fmt: skip
 
 
 def _constants(
-    form: GatedSwish, experts: int, factor: _Factor | None, width: int, single: bool, tiles: dict[str, int]
+    form: GatedSwish, experts: int, factor: _Factor | None, width: int, tiles: dict[str, int]
 ) -> dict[str, Any]:
     rank = factor[0] if factor else 16
     return {
@@ -151,7 +149,7 @@ def _constants(
         "ALPHA": form.alpha, "SHIFT": form.shift, "LIMIT": -1.0 if form.limit is None else form.limit,
         "INTERLEAVED": form.interleaved,
         "HAS_A": factor is not None, "RANK": rank, "RANKS": rank_width(rank), "EVEN_K": width % tiles["STEP"] == 0,
-        "PRECISION": "ieee" if single else "tf32", **tiles,
+        **tiles,
     }  # fmt: skip
 
 
@@ -160,7 +158,7 @@ def _gated_backward_kernel(
     pre, d_hidden, weights, order, offsets, d_pre, dots, b, low, scale, inner, rows, b_expert, b_r, b_n,
     experts: tl.constexpr, EXPERTS: tl.constexpr,
     ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HAS_A: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_A: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, EVEN_K: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     expert, start, end = find_tile(offsets, tl.program_id(0), experts, EXPERTS, ROWS)
@@ -210,7 +208,7 @@ def _gated_backward_kernel(
         if HAS_A:
             _low_tile(
                 expert, start, end, d_pre, b, low, scale, 2 * inner, b_expert, b_r, b_n,
-                RANK, RANKS, EVEN_K, PRECISION, ROWS, STEP,
+                RANK, RANKS, EVEN_K, ROWS, STEP,
             )  # fmt: skip
     else:  # rows of no expert may hold anything, NaN too
         left_over = tl.load(offsets + experts - 1) + start + lanes
@@ -243,19 +241,17 @@ def gated_backward(
     low = None if b is None else pre.new_empty(rows, b.shape[1])
     if rows:
         factor = None if b is None else (b.shape[1], *b.stride())
-        launch = _backward(form, rows, inner, offsets.shape[0], factor, float(scale), pre.dtype == torch.float32)
+        launch = _backward(form, rows, inner, offsets.shape[0], factor, float(scale))
         launch(pre, d_hidden, weights, order, offsets, d_pre, dots, b, low)
     return dots, low
 
 
 @once_a_shape
-def _backward(
-    form: GatedSwish, rows: int, inner: int, experts: int, b: _Factor | None, scale: float, single: bool
-) -> Launch:
+def _backward(form: GatedSwish, rows: int, inner: int, experts: int, b: _Factor | None, scale: float) -> Launch:
     return Launch(
         _gated_backward_kernel, (row_tiles(rows, experts + 1, _BACKWARD["ROWS"]),),  # one more: of no expert
         (scale, inner, rows, *(b[1:] if b else (0, 0, 0))),
-        **_constants(form, experts, b, 2 * inner, single, _BACKWARD),
+        **_constants(form, experts, b, 2 * inner, _BACKWARD),
     )  # fmt: skip
 
 
