@@ -106,7 +106,7 @@ def outer(
         one.big.new_empty(experts, rank, n_size) if transposed else one.big.new_empty(experts, n_size, rank)
         for one, (n_size, _, _, transposed) in zip((first, second), sides, strict=True)
     ]
-    launch = _of_shapes(experts, rank, *sides, scale is not None, tuple((tiles or _tiles(rank)).items()))
+    launch = _of_shapes(experts, rank, *sides, scale is not None, tuple(tiles.items()) if tiles else None)
     launch(*first[:3], found[0], *second[:3], found[1], scale, order, offsets)
     return found[0], found[1]
 
@@ -120,12 +120,12 @@ def _side(one: Factor) -> _Side:
 
 @once_a_shape
 def _of_shapes(
-    experts: int, rank: int, first: _Side, second: _Side, has_scale: bool, tiles: tuple[tuple[str, int], ...]
+    experts: int, rank: int, first: _Side, second: _Side, has_scale: bool, tiles: tuple[tuple[str, int], ...] | None
 ) -> Launch:
     numbers: list[int] = []
     for n_size, big_row, _, transposed in (first, second):
         numbers += [n_size, big_row, *((1, n_size) if transposed else (rank, 1))]
-    chosen = dict(tiles)
+    chosen = dict(tiles) if tiles else _tiles(rank)
     across = sum(-(-n_size // chosen["COLUMNS"]) for n_size, *_ in (first, second))
     return Launch(
         _outer_kernel, (across, experts), tuple(numbers),

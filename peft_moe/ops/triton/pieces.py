@@ -16,7 +16,6 @@ from .probe import rows_on_codes
 from .project import low_rank, multiplies
 from .project import project as _project
 from .routing import route as _route
-from .tile_sizes import RIDING_RANK
 
 __all__ = [
     "activate_rows",
@@ -87,19 +86,11 @@ def project(
 def activate_rows(
     activation: Activation, pre: Tensor, a: Tensor | None, scale: float, routing: Routing, backend: str
 ) -> tuple[Tensor, Tensor | None]:
-    """One pass for a gated swish, LoRA A of moderate ranks inside."""
+    """One pass for a gated swish, or two with a high rank."""
     if isinstance(activation, GatedSwish):
-        hidden, low = rowwise.gated(activation, pre, a if _rides(a) else None, scale, routing.offsets)
-    else:
-        hidden, low = activate(activation, pre).contiguous(), None
-    if low is None and a is not None:
-        low = low_rank(hidden, a, scale, routing.offsets)
-    return hidden, low
-
-
-def _rides(factor: Tensor | None) -> bool:
-    """Whether the product with it is part of another kernel."""
-    return factor is not None and factor.shape[1] <= RIDING_RANK
+        return rowwise.gated(activation, pre, a, scale, routing.offsets)
+    hidden = activate(activation, pre).contiguous()
+    return hidden, None if a is None else low_rank(hidden, a, scale, routing.offsets)
 
 
 def activate_rows_backward(
@@ -114,20 +105,16 @@ def activate_rows_backward(
     overwrite: bool,
     dots_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """One pass for a gated swish, in place, LoRA B of moderate ranks inside."""
-    low = None
-    if isinstance(activation, GatedSwish):
-        weights, d_pre, hidden = weights.contiguous(), pre if overwrite else torch.empty_like(pre), d_hidden
-        dots, low = rowwise.gated_backward(
-            activation, pre, d_hidden, weights, routing.order, routing.offsets, d_pre, b if _rides(b) else None, scale,
-            dots_dtype,
-        )  # fmt: skip
-    else:
+    """One pass for a gated swish, in place, or two with a high rank."""
+    if not isinstance(activation, GatedSwish):
         d_pre, dots, hidden = plain.activation_gradients(activation, pre, d_hidden, weights, routing)
-        d_pre, dots, hidden = d_pre.contiguous(), dots.to(dots_dtype), hidden.contiguous()
-    if low is None and b is not None:
-        low = low_rank(d_pre, b, scale, routing.offsets)
-    return d_pre, low, dots, hidden
+        d_pre, hidden = d_pre.contiguous(), hidden.contiguous()
+        return d_pre, None if b is None else low_rank(d_pre, b, scale, routing.offsets), dots.to(dots_dtype), hidden
+    weights, d_pre = weights.contiguous(), pre if overwrite else torch.empty_like(pre)
+    dots, low = rowwise.gated_backward(
+        activation, pre, d_hidden, weights, routing.order, routing.offsets, d_pre, b, scale, dots_dtype
+    )
+    return d_pre, low, dots, d_hidden
 
 
 def factor_gradients(

@@ -52,7 +52,7 @@ def project_tile(
     columns = first_column + tl.arange(0, COLUMNS)
     column_mask = columns < n_size
     steps = tl.arange(0, STEP)
-    # RANK of them, and what is missing to a power of two; of high ranks a part at a time
+    # RANK of them, and what is missing to a power of two; of high ranks, where LoRA A never rides along, 64 at a time
     RANK_STEP: tl.constexpr = RANKS if RANKS < 64 else 64
     ranks = tl.arange(0, RANK_STEP)
     expert64 = expert.to(tl.int64)

@@ -3,7 +3,7 @@
 What a gated swish gives goes on into the next low-rank product, `low[m] = scale A[e] hidden[m]`, and in the backward
 with B of the first projection in the place of A: a program takes a few rows of one expert and reads them again while
 they are in the cache. To multiply them before they are written is slower: the compiler then works the swish out twice,
-for the layout of the store and for that of the product.
+for the layout of the store and for that of the product. Of high ranks it is a kernel of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..activation import GatedSwish
 from .launch import Launch, once_a_shape
-from .project import project_tile
+from .project import low_rank, project_tile
+from .tile_sizes import RIDING_RANK
 from .tiles import find_tile, rank_width, row_tiles
 
 
@@ -120,12 +121,21 @@ def gated(
     """
     rows, inner = pre.shape[0], pre.shape[1] // 2
     hidden = pre.new_empty(rows, inner)
-    low = None if a is None else pre.new_empty(rows, a.shape[1])
+    riding, low = _riding(a, pre)
     if rows:
-        factor = None if a is None else (a.shape[1], *a.stride())
+        factor = None if riding is None else (riding.shape[1], *riding.stride())
         launch = _forward(form, rows, inner, offsets.shape[0], factor, float(scale))
-        launch(pre, hidden, a, low, offsets)
+        launch(pre, hidden, riding, low, offsets)
+    if a is not None and riding is None:
+        low = low_rank(hidden, a, scale, offsets)
     return hidden, low
+
+
+def _riding(factor: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The factor whose product is part of the kernel, and room for that product; else nothing."""
+    if factor is None or factor.shape[1] > RIDING_RANK:
+        return None, None
+    return factor, like.new_empty(like.shape[0], factor.shape[1])
 
 
 _Factor = tuple[int, int, int, int]  # rank and strides
@@ -238,11 +248,13 @@ def gated_backward(
     """
     rows, inner = d_hidden.shape
     dots = torch.empty(rows, dtype=dots_dtype, device=pre.device)
-    low = None if b is None else pre.new_empty(rows, b.shape[1])
+    riding, low = _riding(b, pre)
     if rows:
-        factor = None if b is None else (b.shape[1], *b.stride())
+        factor = None if riding is None else (riding.shape[1], *riding.stride())
         launch = _backward(form, rows, inner, offsets.shape[0], factor, float(scale))
-        launch(pre, d_hidden, weights, order, offsets, d_pre, dots, b, low)
+        launch(pre, d_hidden, weights, order, offsets, d_pre, dots, riding, low)
+    if b is not None and riding is None:
+        low = low_rank(d_pre, b, scale, offsets)
     return dots, low
 
 
