@@ -68,7 +68,7 @@ def test_picture_of_nothing(plot: ModuleType, tmp_path: Path) -> None:
 def test_make_draws_what_this_run_wrote(tmp_path: Path) -> None:
     """With scripts in the place of the benchmark and the picture: `--help` and another `--out` leave old ones alone."""
     if shutil.which("make") is None:
-        pytest.skip("make")
+        pytest.skip("make is not installed")
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(BENCHMARKS.parent / name, tmp_path)
     (tmp_path / "benchmarks").mkdir()

@@ -126,13 +126,12 @@ def step(
     return [out.detach(), *torch.autograd.grad(out, leaves, probe)]
 
 
-RANKS = [(1, 16), (60, 5), (60, 128), (700, 12), (4000, 16), (4000, 33), (4000, 99)]
-
-
-@pytest.mark.parametrize(("tokens", "rank"), RANKS)
+@pytest.mark.parametrize(
+    ("tokens", "rank"), [(1, 16), (60, 5), (60, 128), (700, 12), (4000, 16), (4000, 33), (4000, 99)]
+)
 @pytest.mark.parametrize("shape", [(128, 8, 2048, 768), (64, 8, 2048, 1024), (12, 8, 7168, 2048)], ids=str)
 def test_shapes_of_models(shape: tuple[int, int, int, int], tokens: int, rank: int) -> None:
-    """Qwen3-30B-A3B, OLMoE, and a few experts of DeepSeek-V3; ranks that are no multiple of 8."""
+    """Qwen3-30B-A3B, OLMoE, and a few experts of DeepSeek-V3; ranks that are no multiple of 8, or high."""
     experts, top_k, width, inner = shape
     generator = fresh()
     index = favoured(tokens, experts, top_k, generator)
