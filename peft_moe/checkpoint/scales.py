@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..compat import cached_file
 from ..layouts import find_experts
 from ..weights.built import split_path
-from ..weights.fp8 import FP8Piece, find_scale, has_float8, scale_names
+from ..weights.fp8_pieces import FP8Piece, find_scale, has_float8, scale_names
 from ..weights.grid import E8M0, FLOAT8
 from .files import read_shapes
 from .json_input import read_object

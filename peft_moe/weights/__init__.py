@@ -12,8 +12,9 @@ from .bnb import BnbWeight, is_packed_linear, is_packed_stack, open_bnb_modules,
 from .bnb_house import BnbHouse
 from .bnb_pieces import put_linear, saved_linear
 from .dense import DENSE_DTYPES, DenseStack, ModuleStack, parameter_at
-from .fp8 import FP8Weight, has_float8, open_fp8_modules, open_fp8_stack
+from .fp8 import FP8Weight, open_fp8_modules, open_fp8_stack
 from .fp8_house import FP8House
+from .fp8_pieces import has_float8
 from .mxfp4 import MXFP4Weight, find_packed4, open_mxfp4, refuse_unknown, refuse_without_weight
 
 __all__ = [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .built import chunks
-from .fp8 import FP8Piece, find_scale
+from .fp8_pieces import FP8Piece, find_scale
 from .house import CannotBeHoused, NamedHouse, WeightHouse, pointers
 
 

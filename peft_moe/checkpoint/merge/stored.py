@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...weights.bnb_records import INT8_LINEAR_NAMES, record_from, record_of_linear
-from ...weights.fp8 import FP8Piece, scale_names
+from ...weights.fp8_pieces import FP8Piece, scale_names
 from ...weights.grid import FLOAT8
 from ...weights.mxfp4 import open_mxfp4
 from .source import Source
